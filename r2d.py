@@ -1,0 +1,689 @@
+"""Reason2Decide from scratch: learn to explain, then to predict and explain, with scheduled sampling on the label.
+
+    python r2d.py --stage 2                 everything: stage 1, stage 2, evaluation, table
+    python r2d.py --method sft --out sft    a baseline; see python r2d.py -h for all options
+    python r2d.py --ask "A 52-year-old man with chest pain for 2 days. It is severe."
+
+The file follows the paper (arXiv 2512.20074): the schedules, the losses of the two stages, one training loop, the
+evaluation under the gold, the predicted and a flipped label, and the command line. It is for study, not for patients.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import metrics
+from data import EXPLAIN, EXPLAIN_GIVEN, PREDICT, BadInput, Dataset, Example, Prompts, Tokenizer
+from model import ModelConfig, Transformer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options: one frozen dataclass; the command line is made from it.
+
+
+def option(default: object, help: str, choices: tuple = (), metavar: str | None = None) -> object:
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class Options:
+    stage: int = option(2, "1: rationale pre-training only; 2: stage 1 if its checkpoint is missing, then the rest", (1, 2))
+    method: str = option("r2d", "r2d: the paper; sft: label only; dss: label and rationale side by side", ("r2d", "sft", "dss"))
+    no_stage1: bool = option(False, "ablation: start stage 2 from random weights")
+    schedule: str = option(
+        "linear", "how P(predicted label in the prompt) rises; none: gold labels only",
+        ("linear", "exponential", "inverse-sigmoid", "none"),
+    )  # fmt: skip
+    warmup: float = option(0.05, "share of stage 2 in which P(predicted) is 0 and alpha rises from 0")
+    ramp: float = option(0.6, "share of stage 2 in which P(predicted) then rises to the cap")
+    cap: float = option(0.9, "P(predicted) after the ramp, 0 to 1")
+    alpha: float = option(0.7, "weight of the label loss, 0 to 1; the rationale loss has 1 - alpha")
+    data: str = option("triage", "triage (simulated), a .jsonl, .csv or .json file, or a folder", metavar="triage|FILE|DIR")
+    rationales: str = option("llm", "whose rationales stage 2 learns (triage only)", ("llm", "nurse", "post"))
+    stage1_rationales: str = option("llm", "whose rationales stage 1 learns (triage only)", ("llm", "nurse", "post"))
+    out: str = option("out", "folder of the run", metavar="DIR")
+    seed: int = option(0, "decides the data split, the weights, the order of examples and the coins")
+    stage1_steps: int = option(600, "updates in stage 1")
+    stage2_steps: int = option(1500, "updates in stage 2")
+    batch_size: int = option(32, "examples per update")
+    lr: float = option(1e-3, "peak learning rate of AdamW in both stages, after a warm-up over 10 % of the steps")
+    eval_every: int = option(100, "updates between two validations")
+    width: int = option(128, "width of the model (d_model); feed-forward layers are 4 times as wide")
+    layers: int = option(2, "layers of the encoder, and of the decoder")
+    heads: int = option(4, "attention heads")
+    dropout: float = option(0.1, "dropout rate, 0 to 1")
+    vocab_size: int = option(1536, "pieces of the tokenizer")
+    max_source: int = option(256, "longest prompt in tokens; longer questions are cut and counted")
+    max_target: int = option(128, "longest rationale in tokens")
+    limit: int | None = option(None, "use at most N examples of each split (for trying things); default all", metavar="N")
+    device: str = option("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
+    eval: bool = option(False, "evaluate the checkpoint in --out, without training")
+    ask: str | None = option(None, "predict and explain one note with the checkpoint in --out; default none", metavar="TEXT")
+    fresh: bool = option(False, "start over: move what is in --out aside first")
+
+
+# These may change between two calls on one folder; everything else is the run's identity.
+FREE = {"stage", "out", "device", "eval", "ask", "fresh"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules: pure functions of the step.
+
+
+def p_predicted(step: int, steps: int, schedule: str, warmup: float, ramp: float, cap: float) -> float:
+    """P(the label in the explain prompt is the model's own) at `step` of `steps`; the paper's 1 - epsilon.
+
+    0 during the warm-up; then, with i steps into a ramp of n = ramp * steps, one of the decays of Bengio et al. (2015,
+    section 2.4), its constant chosen so that all reach `cap` at i = n; `cap` from there on.
+        linear:          epsilon = 1 - cap * i / n                        (the paper)
+        exponential:     epsilon = k^i
+        inverse-sigmoid: epsilon = k / (k + e^(i/k))                      (starts at 1 / (k + 1), a little above 0)
+    """
+    i, n = step - warmup * steps, ramp * steps
+    if schedule == "none" or cap == 0 or i < 0:
+        return 0.0
+    if i >= n:
+        return cap
+    if schedule == "linear":
+        return cap * i / n
+    reach = min(cap, 1 - 1e-6)  # neither curve ever reaches 1
+    if schedule == "exponential":
+        return 1 - (1 - reach) ** (i / n)
+    log_odds = math.log(reach / (1 - reach))
+    low, high = 1e-9 * n, 1e9 * n  # n/k - ln k falls with k and must equal the log odds of the cap: bisection
+    for _ in range(200):
+        k = math.sqrt(low * high)
+        low, high = (k, high) if n / k - math.log(k) > log_odds else (low, k)
+    return 1 / (1 + k * math.exp(-i / k))
+
+
+def alpha_at(step: int, steps: int, warmup: float, alpha: float) -> float:
+    """Weight of the label loss (paper, section 3): from 0 linearly to `alpha` over the warm-up, then constant."""
+    return alpha * min(1.0, step / (warmup * steps)) if warmup * steps > 0 else alpha
+
+
+def lr_at(step: int, steps: int, lr: float, warmup: float = 0.1) -> float:
+    """Learning rate: up linearly over the first tenth, down linearly to 0.
+
+    The paper has no warm-up; from small random models AdamW at full rate wipes out stage 1 when stage 2 begins.
+    """
+    return lr * min((step + 1) / max(warmup * steps, 1), (steps - step) / max((1 - warmup) * steps, 1))
+
+
+def flip_coins(n: int, p: float, generator: torch.Generator) -> list[bool]:
+    """One independent coin per example, True with probability `p`, from a generator that nothing else draws from."""
+    return (torch.rand(n, generator=generator) < p).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run: what all parts below share.
+
+
+@dataclass
+class Run:
+    options: Options
+    data: Dataset
+    tokenizer: Tokenizer
+    prompts: Prompts
+    model: Transformer
+    device: str
+    tokens: int = 0  # source and target tokens seen by the losses, for the log
+
+    @property
+    def out(self) -> Path:
+        return Path(self.options.out)
+
+
+def explain_head(method: str, label: str) -> str:
+    """What stands before the question in the explain prompt of stage 2; Distilling Step-by-Step never shows a label."""
+    return EXPLAIN if method == "dss" else EXPLAIN_GIVEN.format(label=label)
+
+
+def decode_all(run: Run, sources: list[list[int]], max_new_tokens: int) -> list[str]:
+    """Greedy decoding of any number of prompts; equal prompts are decoded once, neighbours in length together."""
+    unique = sorted(set(map(tuple, sources)), key=lambda ids: (len(ids), ids))
+    texts = {}
+    for i in range(0, len(unique), 128):
+        rows = unique[i : i + 128]
+        tokens = run.model.generate(data.pad(rows, run.device), max_new_tokens)
+        texts |= zip(rows, map(run.tokenizer.decode, tokens.tolist()), strict=True)
+    return [texts[tuple(ids)] for ids in sources]
+
+
+def predict_labels(run: Run, questions: list[str]) -> list[str]:
+    """The model's own labels, as text; an output that is no label stays as it is."""
+    longest = max(len(run.prompts.target(label)) for label in run.data.labels)
+    return decode_all(run, [run.prompts.source(PREDICT, question) for question in questions], longest)
+
+
+def explain(run: Run, questions: list[str], labels: list[str]) -> list[str]:
+    sources = [
+        run.prompts.source(explain_head(run.options.method, label), question)
+        for question, label in zip(questions, labels, strict=True)
+    ]
+    return decode_all(run, sources, run.options.max_target)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses of the two stages.
+
+
+def token_mean(run: Run, sources: list[list[int]], targets: list[list[int]]) -> Tensor:
+    """Cross-entropy in nats, averaged over the target tokens of the batch; padding and empty targets count nothing."""
+    run.tokens += sum(map(len, sources)) + sum(map(len, targets))
+    targets = data.pad(targets, run.device)
+    return run.model.nll(data.pad(sources, run.device), targets).sum() / (targets != 0).sum().clamp(min=1)
+
+
+def stage1_loss(run: Run, examples: list[Example]) -> Tensor:
+    """explain: {question} -> rationale."""
+    sources = [run.prompts.source(EXPLAIN, e.question) for e in examples]
+    return token_mean(run, sources, [run.prompts.target(e.rationale) for e in examples])
+
+
+def labels_in_prompts(run: Run, examples: list[Example], p: float, coin: torch.Generator) -> tuple[list[str], int]:
+    """Scheduled sampling: the gold labels, some of them replaced by the model's own; and how many were.
+
+    Coins first, then only the labels that are used are generated, in eval mode (the authors' code generates all of them,
+    with dropout on). What is no label never enters a training prompt: gold stays there.
+    """
+    labels = [e.label for e in examples]
+    chosen = [i for i, heads in enumerate(flip_coins(len(examples), p, coin)) if heads]
+    valid = 0
+    for i, label in zip(chosen, predict_labels(run, [examples[i].question for i in chosen]), strict=True):
+        if label in run.data.labels:
+            labels[i] = label
+            valid += 1
+    return labels, valid
+
+
+def stage2_loss(run: Run, examples: list[Example], step: int, coin: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    """alpha * L_predict + (1 - alpha) * L_explain. The target is the gold rationale, whichever label is in the prompt."""
+    o = run.options
+    sources = [run.prompts.source(PREDICT, e.question) for e in examples]
+    loss_predict = token_mean(run, sources, [run.prompts.target(e.label) for e in examples])
+    if o.method == "sft":
+        return loss_predict, {"loss_predict": loss_predict.item(), "alpha": 1.0}
+    alpha, p, used = o.alpha, 0.0, 0
+    labels = [e.label for e in examples]
+    if o.method == "r2d":
+        alpha = alpha_at(step, o.stage2_steps, o.warmup, o.alpha)
+        p = p_predicted(step, o.stage2_steps, o.schedule, o.warmup, o.ramp, o.cap)
+        labels, used = labels_in_prompts(run, examples, p, coin)
+    sources = [
+        run.prompts.source(explain_head(o.method, label), e.question) for e, label in zip(examples, labels, strict=True)
+    ]
+    loss_explain = token_mean(run, sources, [run.prompts.target(e.rationale) for e in examples])
+    log = {"loss_predict": loss_predict.item(), "loss_explain": loss_explain.item(), "alpha": alpha}
+    return alpha * loss_predict + (1 - alpha) * loss_explain, {**log, "p_predicted": p, "used_predicted": used}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of a run. Every write goes to a temporary name first: what stands under the real name is always whole.
+
+
+def write_file(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: object) -> None:
+    write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path, device: str) -> dict:
+    """Raises BadInput if the file is missing or damaged, or holds anything but tensors and plain values."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such checkpoint; train first, or give the folder of a finished run to --out") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as e:
+        raise BadInput(f"{path}: not a checkpoint of this program ({type(e).__name__}); delete it or use --fresh") from None
+
+
+def load_weights(run: Run, stage: int) -> None:
+    """The best weights of a stage, from stage1.pt or stage2.pt."""
+    checkpoint = load_checkpoint(run.out / f"stage{stage}.pt", run.device)
+    if checkpoint["config"] != asdict(run.model.config):
+        raise BadInput(f"{run.out / f'stage{stage}.pt'}: the checkpoint has another shape than the options; use --fresh")
+    run.model.load_state_dict(checkpoint["weights"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The one training loop.
+
+
+@contextlib.contextmanager
+def finish_the_step() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM add to the list that this yields instead of ending the program; a second one does end it."""
+    asked: list[int] = []
+
+    def handler(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, action in previous.items():
+            signal.signal(number, action)
+
+
+@torch.no_grad()
+def validate(run: Run, stage: int) -> dict[str, float]:
+    """Scores on the validation split. The first is the one that chooses the checkpoint; scheduled sampling never runs."""
+    run.model.eval()
+    val = run.data.stage1_val if stage == 1 else run.data.val
+    if stage == 1:
+        scores = {"val_loss": rationale_nll(run, val, [EXPLAIN] * len(val))}
+    else:
+        gold, predicted = [e.label for e in val], predict_labels(run, [e.question for e in val])
+        scores = {
+            "val_macro_f1": metrics.macro_f1(gold, predicted, run.data.labels),
+            "val_accuracy": metrics.accuracy(gold, predicted),
+            "val_invalid": 100 * sum(label not in run.data.labels for label in predicted) / len(val),
+        }
+        if run.options.method == "dss":
+            scores["val_nll"] = rationale_nll(run, val, [EXPLAIN] * len(val))
+        if run.options.method == "r2d":
+            for condition, labels in (("gold", gold), ("predicted", predicted)):
+                scores[f"val_nll_{condition}"] = rationale_nll(run, val, [EXPLAIN_GIVEN.format(label=x) for x in labels])
+    run.model.train()
+    return scores
+
+
+def train(run: Run, stage: int) -> None:
+    """One stage: from the weights in `run.model` to the best checkpoint of the stage, on disk and in `run.model`.
+
+    Continues from last.pt if that was saved in this stage. Best means the lowest validation loss in stage 1, and in
+    stage 2 the highest validation macro-F1 among the checkpoints after the ramp, for every method alike: the paper's
+    code may keep one from before any predicted label was seen.
+    """
+    o, model = run.options, run.model
+    steps, patience, lower_is_better = ((o.stage1_steps, 3, True), (o.stage2_steps, 5, False))[stage - 1]
+    examples = run.data.stage1_train if stage == 1 else run.data.train
+    lengths = [len(run.prompts.source(EXPLAIN, e.question)) for e in examples]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=0.0, fused=True)
+    torch.manual_seed(1000 * o.seed + stage)  # dropout
+    coin = torch.Generator().manual_seed(1000 * o.seed + stage)
+    start, best, worse, armed = 0, -math.inf, 0, 0 if stage == 1 else (o.warmup + o.ramp) * steps
+    last = run.out / "last.pt"
+    state = load_checkpoint(last, "cpu") if last.exists() else {"stage": 0, "log_size": 0}
+    if state["stage"] == stage:
+        start, best, worse = state["step"], state["best"], state["worse"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        coin.set_state(state["coin"])
+        print(f"stage {stage}: continues at step {start} of {steps}")
+    model.train()
+    bar = tqdm(range(start, steps), f"stage {stage}", steps, initial=start, mininterval=0.5 if sys.stderr.isatty() else 20)
+    with bar, finish_the_step() as asked, open(run.out / "log.jsonl", "ab") as log:
+        log.truncate(state["log_size"])  # lines written after the state was saved are written again, the same
+        for step in bar:
+            epoch, place = divmod(step, max(len(examples) // o.batch_size, 1))
+            if place == 0 or step == start:
+                batches = data.batch_order(lengths, o.batch_size, o.seed, epoch)
+            batch = [examples[i] for i in batches[place]]
+            began, run.tokens = time.perf_counter(), 0
+            lr = optimizer.param_groups[0]["lr"] = lr_at(step, steps, o.lr)
+            loss, parts = (stage1_loss(run, batch), {}) if stage == 1 else stage2_loss(run, batch, step, coin)
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+            if not math.isfinite(grad_norm):
+                raise BadInput(f"stage {stage}, step {step}: the loss is {loss.item()}; try a lower --lr. {last} is kept")
+            optimizer.step()
+            speed = run.tokens / (time.perf_counter() - began)
+            line = {"stage": stage, "step": step, "loss": loss.item(), **parts, "lr": lr, "grad_norm": grad_norm}
+            line["tokens_per_second"] = round(speed)
+            done = step + 1
+            if done % o.eval_every == 0 or done == steps:
+                line |= validate(run, stage)
+                score = -line["val_loss"] if stage == 1 else line["val_macro_f1"]
+                if done >= armed or done == steps:
+                    worse += 1
+                    if score > best:
+                        best, worse = score, 0
+                        weights = {"config": asdict(model.config), "weights": model.state_dict(), "stage": stage, "step": done}
+                        save_checkpoint(run.out / f"stage{stage}.pt", weights)
+            log.write((json.dumps(line) + "\n").encode())
+            bar.set_postfix({"loss": f"{line['loss']:.3f}", "P(predicted)": f"{line.get('p_predicted', 0):.2f}"}, refresh=False)
+            if asked or done == steps or worse >= patience or done % o.eval_every == 0:
+                log.flush()
+                state = {"stage": stage, "step": steps if worse >= patience else done, "best": best, "worse": worse}
+                state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log_size": log.tell()}
+                save_checkpoint(last, state | {"rng": torch.get_rng_state(), "coin": coin.get_state()})
+            if asked:
+                raise KeyboardInterrupt
+            if worse >= patience:
+                break
+    load_weights(run, stage)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation: the same rationale under the gold, the predicted and a flipped label.
+
+
+@torch.no_grad()
+def nll_counts(run: Run, examples: list[Example], heads: list[str]) -> np.ndarray:
+    """(n, 2): nats and tokens of each gold rationale, given the prompt that begins with each head."""
+    out = np.zeros((len(examples), 2))
+    sources = [run.prompts.source(head, e.question) for head, e in zip(heads, examples, strict=True)]
+    targets = [run.prompts.target(e.rationale) for e in examples]
+    order = sorted(range(len(examples)), key=lambda i: len(sources[i]))
+    for at in range(0, len(order), 128):
+        rows = order[at : at + 128]
+        labels = data.pad([targets[i] for i in rows], run.device)
+        nll = run.model.nll(data.pad([sources[i] for i in rows], run.device), labels)
+        out[rows] = torch.stack([nll.sum(1), (labels != 0).sum(1)], dim=1).cpu()
+    return out
+
+
+def rationale_nll(run: Run, examples: list[Example], heads: list[str]) -> float:
+    """Nats per token of the gold rationales."""
+    nats, tokens = nll_counts(run, examples, heads).sum(0)
+    return float(nats / max(tokens, 1))
+
+
+def flipped_labels(examples: list[Example], labels: list[str], seed: int) -> list[str]:
+    """A wrong label for each example, drawn evenly from the others."""
+    rng = np.random.default_rng(seed)
+    others = ([label for label in labels if label != e.label] for e in examples)
+    return [wrong[rng.integers(len(wrong))] for wrong in others]
+
+
+def evaluate(run: Run) -> dict:
+    """Write predictions.jsonl and metrics.json for the test split, and return the latter (keys: README)."""
+    o, test, labels = run.options, run.data.test, run.data.labels
+    questions, gold = [e.question for e in test], [e.label for e in test]
+    run.model.eval()
+    print(f"evaluation: {len(test)} test examples, each label predicted, each explanation under every condition")
+    predicted = predict_labels(run, questions)
+    result = {"method": o.method, "data": o.data, "seed": o.seed, "label": metrics.label_scores(gold, predicted, labels)}
+    majority = [Counter(e.label for e in run.data.train).most_common(1)[0][0]] * len(test)
+    for name, baseline in (("majority", majority), ("ceiling", run.data.ceiling)):
+        if baseline:
+            result["label"][f"{name}_accuracy"] = metrics.accuracy(gold, baseline)
+            result["label"][f"{name}_macro_f1"] = metrics.macro_f1(gold, baseline, labels)
+    flipped = flipped_labels(test, labels, o.seed)
+    conditions = {"gold": gold, "predicted": predicted, "flipped": flipped}
+    if o.method == "dss":
+        conditions = {"predicted": predicted}  # the explanation never sees a label: one condition
+    elif o.method == "sft":
+        conditions = {}
+    texts = {name: explain(run, questions, given) for name, given in conditions.items()}
+    if conditions:
+        result |= rationale_report(run, conditions, texts)
+    rows = []
+    for i, example in enumerate(test):
+        row = {**vars(example), "predicted_label": predicted[i], "flipped_label": flipped[i]}
+        rows.append(row | {f"rationale_given_{name}": texts[name][i] if name in texts else None for name in ("predicted", "gold", "flipped")})
+    write_file(run.out / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    write_json(run.out / "metrics.json", result)
+    return result
+
+
+def rationale_report(run: Run, conditions: dict[str, list[str]], texts: dict[str, list[str]]) -> dict:
+    """The groups rationale, exposure and self of metrics.json: how good and how faithful the explanations are."""
+    o, test = run.options, run.data.test
+    gold, references = [e.label for e in test], [e.rationale for e in test]
+    scored = [i for i, text in enumerate(references) if text]
+    reader = metrics.Reader(*zip(*((e.rationale, e.label) for e in run.data.train if e.rationale), strict=True), run.data.labels)
+    argues = data.argues_for if o.data == "triage" else reader
+    wrong = [i for i in scored if conditions["predicted"][i] != gold[i]]
+    rationale = {}
+    for name, rows in (("gold", scored), ("predicted", scored), ("flipped", scored), ("predicted_wrong", wrong)):
+        condition = name.removesuffix("_wrong")
+        if condition not in conditions or not rows:
+            continue
+        given = conditions[condition]
+        columns = ([column[i] for i in rows] for column in (texts[condition], references, given, gold))
+        rationale[name] = metrics.rationale_scores(*columns, argues)
+        counts = nll_counts(run, [test[i] for i in rows], [explain_head(o.method, given[i]) for i in rows])
+        rationale[name] |= metrics.ratio_and_interval("nll", *counts.T)
+        if o.data == "triage":
+            grounded = [100 * (not data.ungrounded(texts[condition][i], test[i].question)) for i in rows]
+            rationale[name] |= metrics.mean_and_interval("grounded", grounded)
+    result = {"rationale": rationale, "argues_by": "checker" if o.data == "triage" else "reader"}
+    if "gold" in rationale:
+        gaps = {f"{key}_gap": rationale["gold"][key] - rationale["predicted"][key] for key in ("bleu", "nll")}
+        following = {key.replace("argues_given", "following"): rationale["flipped"][key] for key in ("argues_given", "argues_given_ci95")}
+        result["exposure"] = {**gaps, **following}
+    again = predict_labels(run, texts["predicted"])  # the model reads its own rationale as if it were a question
+    from_gold = predict_labels(run, references)
+    result["self"] = {
+        "n": len(scored),
+        **metrics.mean_and_interval("consistency", [100 * (again[i] == conditions["predicted"][i]) for i in scored]),
+        **metrics.mean_and_interval("sufficiency", [100 * (again[i] == gold[i]) for i in scored]),
+        **metrics.mean_and_interval("gold_robustness", [100 * (from_gold[i] == gold[i]) for i in scored]),
+        **metrics.mean_and_interval("reader_accuracy", [100 * (reader(references[i]) == gold[i]) for i in scored]),
+    }
+    return result
+
+
+def print_table(run: Run, result: dict) -> None:
+    """The scores as text, conditions on neighbouring lines, and three test notes with what the model says of them."""
+
+    def cell(scores: dict, key: str) -> str:
+        if key not in scores:
+            return f"{'-':>20}"
+        low, high = scores.get(f"{key}_ci95", (None, None))
+        interval = f" [{low:5.{digits}f}, {high:5.{digits}f}]" if low is not None else ""
+        return f"{scores[key]:5.{digits}f}{interval}".rjust(20)
+
+    digits, label = 1, result["label"]
+    print(f"\n{result['method']} on {result['data']}, seed {result['seed']}, {label['n']} test examples; 0-100, [95 % interval]\n")
+    print(f"label      accuracy {cell(label, 'accuracy')}   macro-F1 {cell(label, 'macro_f1')}   no label {label['invalid']:.1f}")
+    for name, what in (("majority", "always the most frequent label"), ("ceiling", "the best that any model can reach")):
+        if f"{name}_accuracy" in label:
+            print(f"{name:10} accuracy {label[f'{name}_accuracy']:5.1f}{'':15}   macro-F1 {label[f'{name}_macro_f1']:5.1f}{'':15}   {what}")
+    if "rationale" not in result:
+        return
+    columns = ("bleu", "sentence_bleu", "argues_given", "argues_gold", "grounded", "nll")
+    print(f"\n{'rationale under':17}{'n':>5}" + "".join(f"{name.replace('_', ' '):>20}" for name in columns))
+    for name, scores in result["rationale"].items():
+        row = f"{name.replace('_', ', ') + ' label':17}{scores['n']:5}"
+        for key in columns:
+            digits = 2 if key == "nll" else 1
+            row += cell(scores, key)
+        print(row)
+    if "exposure" in result:
+        gap = result["exposure"]
+        print(f"\nexposure   BLEU gap {gap['bleu_gap']:.1f}, nll gap {gap['nll_gap']:.3f} (gold minus predicted); follows a wrong label: {gap['following']:.1f}")
+    own = result["self"]
+    print(f"self       consistency {own['consistency']:.1f}, sufficiency {own['sufficiency']:.1f}, gold robustness {own['gold_robustness']:.1f}; independent reader on gold rationales: {own['reader_accuracy']:.1f}")
+    rows = [json.loads(line) for line in (run.out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    right, wrong = ([row for row in rows if (row["label"] == row["predicted_label"]) == same] for same in (True, False))
+    for row in (right[:2] + wrong + right[2:])[:3]:
+        print(f"\nnote       {row['question'][:400]}\ngold       {row['label']}: {row['rationale'][:400]}")
+        print(f"model      {row['predicted_label']}: {row['rationale_given_predicted'][:400]}")
+    print(f"\nfiles in {run.out}: config.json tokenizer.model stage1.pt stage2.pt last.pt log.jsonl predictions.jsonl metrics.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line.
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise BadInput(f"{message}; python r2d.py -h lists the options")
+
+
+def parse_options(arguments: list[str] | None) -> dict:
+    """Only the options that were given, {name: value}. Raises BadInput."""
+    parser = Parser("r2d.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in fields(Options):
+        name, default, meta = "--" + f.name.replace("_", "-"), f.default, f.metadata
+        text = meta["help"].replace("%", "%%")
+        if isinstance(default, bool):
+            parser.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text + " (default off)")
+            continue
+        kind = type(default) if default is not None else get_args(f.type)[0]
+        shown = f" (default {default})" if default is not None else ""
+        parser.add_argument(name, type=kind, choices=meta["choices"] or None, default=argparse.SUPPRESS,
+                            metavar=meta["metavar"], help=text + shown)  # fmt: skip
+    return vars(parser.parse_args(arguments))
+
+
+def check(o: Options) -> None:
+    """Raises BadInput for options out of range or in conflict."""
+    ranges = {
+        "warmup": (0, 1), "ramp": (0, 1), "cap": (0, 1), "alpha": (0, 1), "dropout": (0, 0.99), "lr": (1e-8, 1),
+        "stage1_steps": (1, 10**9), "stage2_steps": (1, 10**9), "batch_size": (1, 10**6), "eval_every": (1, 10**9),
+        "width": (4, 10**5), "layers": (1, 1000), "heads": (1, 1000), "vocab_size": (300, 10**6), "seed": (0, 2**31),
+        "max_source": (16, 10**5), "max_target": (2, 10**5), "limit": (1, 10**9),
+    }  # fmt: skip
+    for name, (low, high) in ranges.items():
+        value = getattr(o, name)
+        if value is not None and not low <= value <= high:
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}")
+    if o.warmup + o.ramp > 1:
+        raise BadInput(f"--warmup {o.warmup} and --ramp {o.ramp}: together they must not pass 1, the end of stage 2")
+    if o.width % o.heads:
+        raise BadInput(f"--width {o.width}: must be a multiple of --heads {o.heads}")
+    if o.eval and o.ask:
+        raise BadInput("--eval and --ask: give one of them")
+    if o.data != "triage" and (o.rationales, o.stage1_rationales) != ("llm", "llm"):
+        raise BadInput("--rationales and --stage1-rationales choose among triage's sources; other data has one: leave them out")
+
+
+def settle_options(given: dict) -> Options:
+    """The options of this call: those given, or else those of the run in --out, or else the defaults."""
+    out = Path(given.get("out", Options.out))
+    if given.get("fresh") and out.exists():
+        aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.old{i}")).exists())
+        out.rename(aside)
+        print(f"--fresh: moved {out} to {aside}")
+    saved = {}
+    if (out / "config.json").exists():
+        try:
+            saved = json.loads((out / "config.json").read_text(encoding="utf-8"))["options"]
+        except (ValueError, KeyError, TypeError):
+            raise BadInput(f"{out / 'config.json'}: not a file of this program; give another --out") from None
+        saved = {f.name: saved[f.name] for f in fields(Options) if f.name in saved and f.name not in FREE}
+    for name in saved.keys() & given.keys():
+        if saved[name] != given[name]:
+            raise BadInput(f"--{name.replace('_', '-')} {given[name]}: {out} holds a run with {saved[name]}; give another --out, or --fresh")
+    options = Options(**{**saved, **given})
+    check(options)
+    return options
+
+
+def prepare(o: Options) -> Run:
+    """Data, tokenizer and untrained model of a run. Raises BadInput before anything is written."""
+    out, device = Path(o.out), o.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device != "cpu" and not getattr(torch, device).is_available():
+        raise BadInput(f"--device {device}: this machine has none; use --device cpu")
+    dataset = data.load_data(o.data, o.seed, o.limit, o.rationales, o.stage1_rationales)
+    if o.method != "sft" and not any(e.rationale for e in dataset.train):
+        raise BadInput(f"{o.data}: no train example has a rationale; fill the column, or use --method sft")
+    if (out / "tokenizer.model").exists():
+        tokenizer = Tokenizer((out / "tokenizer.model").read_bytes())
+    else:
+        texts = [text for e in dataset.train + dataset.stage1_train for text in (e.question, e.label, e.rationale)]
+        heads = [EXPLAIN, PREDICT, *(EXPLAIN_GIVEN.format(label=label) for label in dataset.labels)]
+        tokenizer = Tokenizer.train(texts + heads, o.vocab_size)
+    for label in dataset.labels:
+        if tokenizer.decode(tokenizer.encode(label)) != label:
+            raise BadInput(f"{o.data}: the tokenizer cannot write the label '{label}' (it writes '{tokenizer.decode(tokenizer.encode(label))}'); rename it")
+    prompts = Prompts(tokenizer, o.max_source, o.max_target)
+    config = ModelConfig(len(tokenizer), o.width, o.heads, o.width // o.heads, 4 * o.width, o.layers, o.layers, o.dropout)
+    torch.manual_seed(o.seed)
+    return Run(o, dataset, tokenizer, prompts, Transformer(config).to(device), device)
+
+
+def ask(run: Run, note: str) -> None:
+    run.model.eval()
+    label = predict_labels(run, [note])[0]
+    print(f"label      {label}\nrationale  {explain(run, [note], [label])[0] if run.options.method != 'sft' else '-'}")
+
+
+def job(o: Options) -> None:
+    """What one command does: prepare, then ask, evaluate, or train and evaluate."""
+    out = Path(o.out)
+    if (o.eval or o.ask) and not (out / "stage2.pt").exists():
+        raise BadInput(f"{out / 'stage2.pt'}: no such checkpoint; train first, or give the folder of a finished run to --out")
+    if not (o.eval or o.ask) and o.stage == 2 and (out / "metrics.json").exists():
+        return print(f"{out}: this run is finished, see {out / 'metrics.json'}; use --eval to evaluate again, --fresh to start over")
+    run = prepare(o)
+    if o.ask:
+        load_weights(run, 2)
+        return ask(run, o.ask)
+    if o.eval:
+        load_weights(run, 2)
+        return print_table(run, evaluate(run))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_file(out / "tokenizer.model", run.tokenizer.model)
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        write_json(out / "config.json", {"options": asdict(o), "model": asdict(run.model.config), "versions": versions})
+    except OSError as e:
+        raise BadInput(f"{e.filename}: cannot be written ({e.strerror}); give another --out") from None
+    size = sum(p.numel() for p in run.model.parameters())
+    print(f"{o.data}: {len(run.data.train)} train, {len(run.data.val)} val, {len(run.data.test)} test; {size:,} weights; {run.device}")
+    longest = [len(run.prompts.ids(EXPLAIN_GIVEN.format(label=e.label)) + run.prompts.ids(e.question)) + 1 for split in (run.data.train, run.data.val, run.data.test) for e in split]
+    if cut := sum(n > o.max_source for n in longest):
+        print(f"note: {cut} of {len(longest)} questions are longer than --max-source {o.max_source} tokens and are cut at the end")
+    try:
+        last = out / "last.pt"
+        if o.method == "r2d" and not o.no_stage1 or o.stage == 1:
+            if (out / "stage1.pt").exists() and (not last.exists() or load_checkpoint(last, "cpu")["stage"] == 2):
+                load_weights(run, 1)
+            else:
+                train(run, 1)
+        if o.stage == 2:
+            train(run, 2)
+            print_table(run, evaluate(run))
+    except KeyboardInterrupt:
+        print(f"\nstopped; the state is saved. To go on: python r2d.py --out {out}", file=sys.stderr)
+        raise
+
+
+def main(arguments: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # Windows consoles; notes may hold any character
+    try:
+        job(settle_options(parse_options(arguments)))
+    except BadInput as e:
+        print(f"r2d.py: {e}".replace("\n", " "), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
