@@ -11,7 +11,6 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -44,122 +43,59 @@ class Dataset:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The simulated nurse line. A complaint's first line: its phrasings | self-care advice | the modifiers that matter for
-# it. Then its red flags: tier (2, 3 or 4), phrasings | what it can mean. Last, after 0, a reassuring cue. Phrasings end
-# with one that train never sees (made of words that train does see), and then the nurse's abbreviation.
+# The simulated nurse line. In every row of phrasings the last but one is held out of train (it is made of words that
+# train does show) and the last is the nurse's abbreviation. A fact is named by its first phrasing.
 
 DISPOSITIONS = ["home care", "see doctor within 3 days", "see doctor within 24 hours", "go to ED now", "call 911"]
+# Findings: a letter, the tier of the red flag (0: a reassuring cue), phrasings | what it can mean / for short.
+FINDING_TABLE = """
+A 4 pressure spreading to the left arm / heaviness spreading down the left arm / spreading pressure of the left arm / L arm pressure | a heart attack / MI
+B 4 one side of the face drooping / a drooping face on one side / face drooping on one side / facial droop | a stroke / CVA
+C 4 blue lips / lips turning blue / blue turning lips / cyanosis | lack of oxygen / hypoxia
+D 4 fainting with cold sweat / cold sweat and fainting / fainting and cold sweat / syncope | shock / shock
+E 4 a seizure lasting five minutes / five minutes of seizure / seizure of five minutes / prolonged sz | brain damage / status
+F 4 swelling of the tongue / a swollen tongue / tongue swelling / tongue edema | a closing airway / anaphylaxis
+G 3 a stiff neck with fever / fever and a stiff neck / stiff neck and fever / nuchal rigidity | meningitis / meningitis
+H 3 black tarry stools / stools black as tar / tarry black stools / melena | a bleeding ulcer / GIB
+I 3 coughing up blood / blood coughed up / blood when coughing / hemoptysis | a clot in the lung / PE
+J 3 repeated confusion / being confused again and again / repeated and confused again / AMS | a bleed in the skull / SDH
+K 3 passing hardly any urine / hardly any urine all day / all day hardly passing urine / oliguria | serious dehydration / dehydration
+L 3 a plan for self-harm / planning self-harm / self-harm plan / SI w plan | a risk to life / suicide risk
+M 2 burning when passing urine / urine that burns / burning urine / dysuria | a urinary infection / UTI
+N 2 green phlegm with chills / chills and green phlegm / chills with phlegm that is green / productive w chills | pneumonia / PNA
+O 2 blurred vision since the start / vision that is blurred / blurred vision / blurry vision | pressure on the brain / ICP
+P 2 ear pain at night / a painful ear at night / ear that is painful at night / otalgia | an ear infection / AOM
+Q 2 red streaks on the skin / skin with red streaks / red skin streaks / lymphangitis | a spreading infection / infxn
+R 2 a racing pulse at rest / a pulse that races while resting / a resting pulse that races / tachy | a rhythm problem / arrhythmia
+S 0 eating and drinking well / a good appetite / good appetite and drinking well / tol PO
+T 0 pain only when pressing the spot / a spot that hurts only when pressed / pain only with the spot pressed / reproducible
+U 0 the same pattern as earlier episodes / earlier episodes of this pattern / the same pattern as episodes earlier / known pattern
+V 0 slow improvement since yesterday / slowly improving since yesterday / improving since yesterday / improving
+"""
+# Complaints: phrasings | self-care advice | the findings that callers with it mention, the reassuring cue last.
 COMPLAINT_TABLE = """
-chest pain / pain in the chest / pain across the chest / CP | rest and an antacid | older age, a current pregnancy
-4 pressure spreading to the left arm / heaviness spreading down the left arm / left arm pressure that is spreading / L arm pressure | a heart attack / MI
-3 breathlessness when lying flat / getting breathless lying flat / lying flat makes breathless / orthopnea | heart failure / CHF
-2 a racing pulse at rest / a pulse that races while resting / a resting pulse that races / tachy | a rhythm problem / arrhythmia
-0 pain only when pressing the ribs / ribs that hurt only when pressed / pain only with pressed ribs / reproducible
-a headache / an aching head / head that is aching / HA | fluids and a dark room | older age, a current pregnancy
-4 one side of the face drooping / a drooping face on one side / face drooping on one side / facial droop | a stroke / CVA
-3 a stiff neck with fever / fever and a stiff neck / neck that is stiff with fever / nuchal rigidity | meningitis / meningitis
-2 blurred vision since the start / vision that is blurred / blurred vision from the start / blurry vision | pressure on the brain / ICP
-0 same pattern as earlier migraines / migraine pattern same as before / earlier migraines of the same pattern / hx migraine
-abdominal pain / belly pain / pain in the belly / abd pain | small meals and rest | older age, a current pregnancy
-4 fainting with a rigid belly / a rigid belly and fainting / rigid belly with fainting / rigid abd syncope | internal bleeding / hemorrhage
-3 pain moving to the lower right side / pain that moved to the lower right / lower right pain that moved / RLQ pain | appendicitis / appy
-2 burning when passing urine / urine that burns / burning urine when passing it / dysuria | a urinary infection / UTI
-0 relief after passing gas / gas that brings relief / relief that gas brings / flatus relief
-a fever / a high temperature / a temperature that is high / febrile | fluids and light clothing | very young age, a weak immune system
-4 a seizure lasting five minutes / five minutes of seizure / a five minutes lasting seizure / prolonged sz | a prolonged seizure / status
-3 a purple rash that does not fade / purple spots that stay when pressed / purple spots and rash that stay / petechiae | a blood infection / sepsis
-2 ear pain at night / a painful ear at night / a painful ear and pain at night / otalgia | an ear infection / AOM
-0 playing and drinking well / drinking well and playful / playful and drinking / drinking well
-a cough / a lingering cough / coughing that lingers / cough sx | honey and warm drinks | older age, a weak immune system
-4 blue lips / lips turning blue / blue turning lips / cyanosis | lack of oxygen / hypoxia
-3 coughing up blood / blood coughed up / blood when coughing up / hemoptysis | a clot in the lung / PE
-2 green phlegm with chills / chills and green phlegm / phlegm that is green with chills / productive w chills | pneumonia / PNA
-0 a runny nose at the same time / a nose that is runny / nose runny at the same time / rhinorrhea
-shortness of breath / trouble breathing / breath that is short with trouble / SOB | an inhaler as prescribed | older age, a current pregnancy
-4 being unable to speak in sentences / speaking only single words / unable to speak more than single words / 1-word dyspnea | respiratory failure / resp failure
-3 swelling of one calf / one swollen calf / calf swelling on one side / calf edema | a clot in the leg / DVT
-2 wheezing at night / a wheeze every night / night wheezing / wheeze | an asthma flare / asthma
-0 quick relief from the inhaler / an inhaler that helps quickly / quick help from the inhaler / MDI relief
-dizziness / a dizzy spell / a spell of dizziness / dizzy | fluids and standing up slowly | older age, a blood thinner
-4 sudden slurred speech / speech suddenly slurred / slurred sudden speech / slurred speech | a stroke in the brain stem / stroke
-3 black tarry stools / stools black as tar / tarry black stools / melena | a bleeding ulcer / GIB
-2 ringing in one ear / one ear that is ringing / ringing of one ear / tinnitus | an inner ear disorder / vestibular
-0 spinning only when turning over in bed / turning over in bed brings spinning / spinning in bed when turning / positional
-vomiting / throwing up / repeated throwing up / emesis | small sips of fluids | very young age, a current pregnancy
-4 vomit full of bright blood / bright blood in the vomit / vomit with bright blood / hematemesis | a torn vein / varices
-3 passing hardly any urine / hardly any urine all day / all day hardly passing urine / oliguria | serious dehydration / dehydration
-2 a swollen tender belly / tenderness and swelling of the belly / a tender belly with swelling / distended | a blocked bowel / SBO
-0 keeping sips of water down / water sips that stay down / sips of water that stay / tol PO
-back pain / an aching back / aching in the back / LBP | heat and gentle walking | older age, a weak immune system
-4 a tearing pain with fainting / fainting after a tearing pain / tearing pain and fainting / tearing pain | a torn aorta / dissection
-3 numbness between the legs / a numb area between the legs / numb between the legs / saddle anesthesia | nerve compression / cauda equina
-2 shooting pain below the knee / pain shooting below the knee / below the knee shooting pain / radicular | a slipped disc / HNP
-0 soreness after lifting boxes / sore muscles from lifting boxes / sore after lifting boxes / muscular
-a rash / spots on the skin / skin spots / rash noted | a cool compress | very young age, a weak immune system
-4 swelling of the tongue / a swollen tongue / a tongue with swelling / tongue edema | anaphylaxis / anaphylaxis
-3 skin peeling in sheets / sheets of skin peeling off / skin that peels in sheets / desquamation | a serious drug reaction / SJS
-2 blisters around one eye / one eye with blisters around it / blisters around an eye / V1 zoster | shingles of the eye / zoster
-0 a new soap last week / last week a new soap was used / a new soap used last week / new soap
-a head injury / a blow to the head / an injury and blow to the head / head inj | a cold pack and rest | older age, a blood thinner
-4 one pupil larger than the other / pupils that are unequal / one unequal larger pupil / anisocoria | swelling of the brain / herniation
-3 repeated confusion / being confused again and again / repeated and confused again / AMS | a bleed in the skull / SDH
-2 memory loss of the event / losing memory of the event / loss of memory of the event / amnesia | a concussion / concussion
-0 a bump that is already shrinking / a shrinking bump / a bump already shrinking / small bump
-a nosebleed / a bleeding nose / nose that is bleeding / epistaxis | pinching the nose and leaning forward | older age, a blood thinner
-4 collapse after heavy bleeding / collapsing from heavy blood loss / heavy blood loss and collapse / collapse | shock from blood loss / shock
-3 bleeding for half an hour under pressure / half an hour of bleeding despite pressure / bleeding despite pressure half an hour / 30 min bleed | an arterial bleed / post bleed
-2 bruises all over the body / a body covered in bruises / bruises all over body / ecchymosis | a clotting disorder / coagulopathy
-0 dry air from the heater / a heater that dries the air / air dry from the heater / dry air
-a sore throat / a painful throat / throat that is sore and painful / ST | warm salt water | very young age, a weak immune system
-4 drooling with noisy breathing / noisy breathing and drooling / drooling and breathing noisy / stridor drool | a closing airway / epiglottitis
-3 a mouth that hardly opens / hardly being able to open the mouth / mouth that can hardly open / trismus | an abscess of the tonsil / PTA
-2 white patches on the tonsils / tonsils with white patches / patches white on the tonsils / exudate | strep throat / strep
-0 hoarseness after a concert / a hoarse voice after a concert / a hoarse voice and concert / hoarse
-an eye problem / an irritated eye / eye that is irritated / eye c/o | lubricating drops | very young age, a weak immune system
-4 chemical burn of both eyes / both eyes burned by a chemical / burn from a chemical in both eyes / chem burn OU | loss of the cornea / caustic injury
-3 a curtain across the vision / vision with a curtain across it / curtain over the vision / curtain | a detached retina / RD
-2 thick yellow discharge / discharge that is thick and yellow / yellow thick discharge / purulent dc | a bacterial infection of the eye / conjunctivitis
-0 itching in pollen season / pollen season itching / itching when pollen season / seasonal itch
-leg pain / a painful leg / pain of the leg / leg pn | raising the leg | older age, a current pregnancy
-4 a cold white leg / a leg cold and white / white cold leg / pulseless leg | a blocked artery / ALI
-3 fast spreading redness / redness spreading fast / redness that is spreading fast / cellulitis spread | a deep tissue infection / nec fasc
-2 warmth over a hard vein / a hard warm vein / warm vein that is hard / hard cord | an inflamed vein / phlebitis
-0 cramps after a long run / a long run followed by cramps / cramps following a long run / post exercise
-a urinary problem / trouble passing urine / problem with passing urine / GU c/o | plenty of water | older age, a current pregnancy
-4 shaking chills with a grey face / a grey face and shaking chills / shaking chills and face grey / rigors | septic shock / urosepsis
-3 flank pain with fever / fever and pain in the flank / flank fever and pain / CVA tender | a kidney infection / pyelo
-2 blood in the urine / urine with blood / blood seen in urine / hematuria | a bladder infection / cystitis
-0 drinking much coffee / much coffee every day / coffee drinking much / caffeine
-diarrhea / loose stools / stools that are loose / loose BM | fluids with salt and sugar | very young age, a weak immune system
-4 being too weak to wake up / weakness and being hard to wake / too weak and hard to wake / obtunded | shock from fluid loss / hypovolemia
-3 bloody stools with cramps / cramps with blood in the stools / stools bloody and cramps / dysentery | a serious bowel infection / colitis
-2 sunken eyes / eyes that look sunken / sunken looking eyes / sunken | dehydration in progress / dehydr
-0 a takeaway meal yesterday / yesterday a takeaway meal / a meal of takeaway yesterday / food related
-a wound / a cut in the skin / a wound in the skin / lac | soap and a clean bandage | a weak immune system, a blood thinner
-4 blood spurting from the cut / a cut spurting blood / spurting blood out of the cut / arterial spurt | an open artery / art bleed
-3 a numb finger beyond the cut / numbness of the finger past the cut / finger numb beyond the cut / distal numb | a cut nerve / cut nerve
-2 red streaks up the arm / streaks of red going up the arm / red streaks going up the arm / lymphangitis | a spreading infection / infxn
-0 clean edges that close well / edges clean and closing well / clean closing edges / clean edges
-soreness from a fall / aches from a tumble / aches from a fall / GLF | ice and rest | older age, a blood thinner
-4 neck pain with weak arms / weak arms and neck pain / neck pain and arms weak / neck deficit | a spinal cord injury / SCI
-3 a leg turned outward / a leg that is turned outward / outward turned leg / ext rotated | a broken hip / hip fx
-2 wrist swelling / a swollen wrist / a wrist with swelling / wrist edema | a broken wrist / wrist fx
-0 getting up unaided right away / being up right away unaided / up right away and unaided / ambulatory
-an allergic reaction / an allergy / reaction from allergy / allergic rxn | an antihistamine | very young age, a current pregnancy
-4 a throat closing up / tightness closing the throat / the throat closing with tightness / throat closing | swelling of the airway / airway
-3 hives with repeated belly cramps / belly cramps and hives / hives and repeated cramps / hives GI | a two-organ reaction / systemic rxn
-2 lip swelling / a swollen lip / a lip with swelling / angioedema | swelling under the skin / angio
-0 one small itchy patch / a small patch that itches / small itchy patch only / local itch
-high blood sugar / sugar readings above normal / normal sugar now high / BG high | water and the usual insulin | very young age, a weak immune system
-4 deep breathing with drowsiness / drowsiness and deep breaths / deep breathing and drowsy breaths / Kussmaul | a diabetic coma / coma
-3 fruity breath / breath that smells fruity / fruity breath smells / fruity | ketoacidosis / DKA
-2 an open foot sore / a foot with an open sore / foot sore that is open / foot ulcer | an infected ulcer / DFU
-0 a missed dose yesterday / yesterday one dose was missed / yesterday a missed dose / missed dose
-anxiety / an anxious feeling / a feeling of anxiety / anx | slow breathing and a walk | a current pregnancy, older age
-4 an overdose of tablets / tablets taken as an overdose / overdose of taken tablets / OD | poisoning / tox
-3 a plan for self-harm / planning self-harm / planned self-harm / SI w plan | a risk to life / suicide risk
-2 hearing voices / voices being heard / voices heard / AH | psychosis / psychosis
-0 worry about an exam / an exam that causes worry / worry over an exam / situational
+chest pain / pain in the chest / chest that is in pain / CP | rest and an antacid | A D I R T
+a headache / an aching head / a head that is aching / HA | fluids and a dark room | B G J O U
+abdominal pain / belly pain / pain in the belly / abd pain | small meals and rest | D H K M T
+a fever / a high temperature / a temperature that is high / febrile | fluids and light clothing | E G N P S
+a cough / a lingering cough / a cough that is lingering / cough sx | honey and warm drinks | C I N P S
+shortness of breath / trouble breathing / breath that is short / SOB | an inhaler as prescribed | C F I R V
+dizziness / a dizzy spell / a spell of dizziness / dizzy | standing up slowly | B D H O U
+vomiting / throwing up / repeated vomiting / emesis | small sips of fluids | D H K R S
+back pain / an aching back / pain in the back / LBP | heat and gentle walking | A D H M T
+a rash / spots on the skin / skin spots / rash noted | a cool compress | F G P Q V
+a head injury / a blow to the head / an injury of the head / head inj | a cold pack and rest | B E J O V
+a nosebleed / a bleeding nose / a nose that is bleeding / epistaxis | pinching the nose | D H J R V
+a sore throat / a painful throat / a throat that is sore / ST | warm salt water | C F K P S
+an eye problem / an irritated eye / an eye that is irritated / eye c/o | lubricating drops | B G O Q V
+leg pain / a painful leg / pain in the leg / leg pn | raising the leg | C I Q R T
+a urinary problem / trouble passing urine / a problem passing urine / GU c/o | plenty of water | D J K M S
+diarrhea / loose stools / stools that are loose / loose BM | fluids with salt and sugar | D H K R S
+a wound / a cut in the skin / a wound in the skin / lac | soap and a clean bandage | D E J Q T
+soreness from a fall / aches from a fall / soreness and aches from a fall / GLF | ice and rest | B E J O T
+an allergic reaction / an allergy / a reaction of allergy / allergic rxn | an antihistamine | C F J R U
+high blood sugar / sugar readings above normal / blood sugar above normal / BG high | the usual insulin | E J K O S
+anxiety / an anxious feeling / a feeling of anxiety / anx | slow breathing and a walk | A D L R U
 """
 OTHER_FACTS = """
 older age / elderly
@@ -185,35 +121,35 @@ IMPLIED = [
     "Emergency care is needed without waiting | ED | Sent to the emergency department",
     "An ambulance is needed at once | EMS | An ambulance was sent",
 ]
-TRIAGE_SIZES = {"train": 6000, "val": 500, "test": 1000}
+TRIAGE_SIZES = {"train": 20000, "val": 500, "test": 1000}
 AGE_LIMIT, LONG_DAYS, OVERRIDE_RATE = 75, 7, 0.04  # years from which age matters; days after which duration matters
 
 
 class Complaint(NamedTuple):
     advice: str
-    risks: set[str]  # the modifiers that matter for it
-    flags: dict[str, tuple[int, str, str]]  # red flag: its tier, its reason, the nurse's abbreviation of the reason
+    flags: list[str]  # the red flags that callers with it mention
     cue: str  # the reassuring one
 
 
-def parse_tables() -> tuple[dict[str, Complaint], dict[str, list[str]]]:
-    """The tables above as {complaint: Complaint} and {fact: its phrasings}; a fact is named by its first phrasing."""
-    complaints, phrases = {}, {}
-    rows = [[field.split(" / ") for field in line.split(" | ")] for line in COMPLAINT_TABLE.strip().split("\n")]
-    for (name, advice, risks), *flags, cue in zip(*[iter(rows)] * 5, strict=True):  # five lines a complaint
-        tiers = {flag[0][0][2:]: (int(flag[0][0][0]), flag[1][0], flag[1][-1]) for flag in flags}
-        complaints[name[0]] = Complaint(advice[0], set(risks[0].split(", ")), tiers, cue[0][0][2:])
-        for says in (name, *(row[0] for row in (*flags, cue))):
-            says = [says[0].lstrip("0234 "), *says[1:]]
-            phrases[says[0]] = says
-    phrases |= {line.split(" / ")[0]: line.split(" / ") for line in OTHER_FACTS.strip().split("\n")}
-    return complaints, phrases
+def parse_table(table: str) -> list[list[list[str]]]:
+    """Rows of fields (between |) of alternatives (between /)."""
+    return [[field.split(" / ") for field in line.split(" | ")] for line in table.strip().split("\n")]
 
 
-TRIAGE, PHRASES = parse_tables()
-RED_FLAGS = {flag: tier for complaint in TRIAGE.values() for flag, (tier, _, _) in complaint.flags.items()}
+PHRASES, RED_FLAGS, REASONS, TRIAGE = {}, {}, {}, {}
+LETTERS = {}
+for (first, *others), *reason in parse_table(FINDING_TABLE):
+    letter, tier, name = first.split(" ", 2)
+    PHRASES[name], LETTERS[letter] = [name, *others], name
+    if reason:
+        RED_FLAGS[name], REASONS[name] = int(tier), reason[0]
+for says, (advice,), (letters,) in parse_table(COMPLAINT_TABLE):
+    *flags, cue = (LETTERS[letter] for letter in letters.split())
+    PHRASES[says[0]], TRIAGE[says[0]] = says, Complaint(advice, flags, cue)
+PHRASES |= {says[0]: says for (says,) in parse_table(OTHER_FACTS)}
+CUES = {complaint.cue for complaint in TRIAGE.values()}
 SEVERITY = {"mild": 0, "moderate": 1, "severe": 2}
-MODIFIERS = sorted({risk for complaint in TRIAGE.values() for risk in complaint.risks})
+MODIFIERS = ["older age", "very young age", "a current pregnancy", "a weak immune system", "a blood thinner"]
 ARTICLE = re.compile("^(a|an|the) ")
 FACT_OF = {ARTICLE.sub("", says.lower()): fact for fact, row in PHRASES.items() for says in row}
 FACT_PATTERN = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, sorted(FACT_OF, key=len, reverse=True)))})(?!\w)")
@@ -246,25 +182,24 @@ def triage_tier(facts: set[str]) -> int:
 
     1. Severity gives the base (mild 0, moderate 1, severe 2); more than a week makes it at least 1.
     2. A red flag raises the tier to its own. Only without one, a reassuring cue lowers it by one.
-    3. A modifier that matters for the complaint (age, pregnancy, ...) raises it by one, up to the emergency department.
+    3. A modifier (age, pregnancy, ...) raises it by one, up to the emergency department.
     """
     tier = max((SEVERITY[fact] for fact in facts & SEVERITY.keys()), default=0)
     tier = max(tier, "over a week" in facts)
-    complaints = [TRIAGE[name] for name in facts & TRIAGE.keys()]
     if flags := facts & RED_FLAGS.keys():
         tier = max(tier, *(RED_FLAGS[flag] for flag in flags))
-    elif any(complaint.cue in facts for complaint in complaints):
+    elif facts & CUES:
         tier = max(tier - 1, 0)
-    if any(complaint.risks & facts for complaint in complaints):
+    if facts.intersection(MODIFIERS):
         tier = max(tier, min(tier + 1, 3))
     return tier
 
 
 def write_note(rng: random.Random, heldout: bool) -> str:
-    """One simulated call. With `heldout`, a third of its phrasings and sentence frames are ones that train never has."""
+    """One simulated call. With `heldout`, a quarter of its phrasings and sentence frames are ones that train never has."""
 
     def pick(options: list[str], unseen: list[str]) -> str:
-        return rng.choice(unseen if unseen and heldout and rng.random() < 1 / 3 else options)
+        return rng.choice(unseen if unseen and heldout and rng.random() < 0.25 else options)
 
     def say(fact: str) -> str:
         *options, unseen, _ = PHRASES[fact]
@@ -272,7 +207,9 @@ def write_note(rng: random.Random, heldout: bool) -> str:
 
     complaint_name = rng.choice(list(TRIAGE))
     complaint = TRIAGE[complaint_name]
-    modifiers = rng.sample(sorted(complaint.risks), rng.random() < 0.25) or rng.sample(MODIFIERS, rng.random() < 0.2)
+    modifiers = rng.sample(MODIFIERS, rng.random() < 0.3)
+    if complaint_name == "anxiety":  # no infant makes plans
+        modifiers = [modifier for modifier in modifiers if modifier != "very young age"]
     age, unit, sex = rng.randint(18, AGE_LIMIT - 1), "year", rng.choice(["woman", "man"])
     if "a current pregnancy" in modifiers:
         age, sex = rng.randint(18, 44), "woman"
@@ -283,18 +220,24 @@ def write_note(rng: random.Random, heldout: bool) -> str:
     days = rng.randint(2, LONG_DAYS) if rng.random() < 0.75 else rng.randint(LONG_DAYS + 1, 20)
     call = {"what": say(complaint_name), "time": f"{days // 7} weeks" if days in (14, 21) else f"{days} days"}
     call["who"] = f"{'an' if age in (8, 11, 18) or 80 <= age < 90 else 'a'} {age}-{unit}-old {sex}"
-    openings = ["{who} with {what} for {time}.", "Caller reports {what} for {time} in {who}.", "For {time}, {who} has {what}."]
+    openings = [
+        "{who} with {what} for {time}.",
+        "Caller reports {what} for {time} in {who}.",
+        "For {time}, {who} has {what}.",
+    ]
     opening = pick(openings, ["For {time}, {what} in {who}."]).format(**call)
 
-    tiers = [(0, 0, 45, 35, 20)[tier] for tier, _, _ in complaint.flags.values()]
-    present = {rng.choices(list(complaint.flags), tiers)[0]: None for _ in range(rng.choices([0, 1, 2], [57, 33, 10])[0])}
+    tiers = [(0, 0, 45, 35, 20)[RED_FLAGS[flag]] for flag in complaint.flags]
+    present = {rng.choices(complaint.flags, tiers)[0]: None for _ in range(rng.choices([0, 1, 2], [48, 40, 12])[0])}
     absent = [flag for flag in complaint.flags if flag not in present]
-    severity = rng.choices(list(SEVERITY), [42, 38, 20])[0]
+    severity = rng.choices(list(SEVERITY), [46, 36, 18])[0]
     rest = [pick(["It is {}.", "Caller calls it {}."], ["Caller says it is {}."]).format(say(severity))]
-    reports, denies = (["Reports {}.", "Describes {}."], ["Caller reports {}."]), (["Denies {}.", "Is free of {}."], ["Caller denies {}."])
-    rest += [pick(*reports).format(say(flag)) for flag in present]
-    rest += [pick(*denies).format(say(flag)) for flag in rng.sample(absent, min(rng.randint(0, 2), len(absent)))]
-    rest += [pick(["Mentions {}.", "Notes {}."], ["Caller notes {}."]).format(say(complaint.cue))] * (rng.random() < 0.3)
+    for flag in present:
+        rest.append(pick(["Reports {}.", "Describes {}."], ["Caller reports {}."]).format(say(flag)))
+    for flag in rng.sample(absent, rng.random() < 0.5):
+        rest.append(pick(["Denies {}.", "Is free of {}."], ["Caller denies {}."]).format(say(flag)))
+    if rng.random() < 0.3:
+        rest.append(pick(["Mentions {}.", "Notes {}."], ["Caller notes {}."]).format(say(complaint.cue)))
     rest += [f"Background of {say(modifier)}." for modifier in modifiers if "age" not in modifier]
     rest += [f"{rng.choice(DISTRACTORS)}."] * rng.randint(0, 1)
     rng.shuffle(rest)
@@ -311,18 +254,18 @@ def write_rationale(facts: set[str], tier: int, source: str, rng: random.Random)
     say = {fact: row[-1] if source == "nurse" else row[0] for fact, row in PHRASES.items()}
     (name,) = facts & TRIAGE.keys()
     complaint = TRIAGE[name]
-    flag = max(facts & complaint.flags.keys(), key=RED_FLAGS.get, default=None)
+    flag = max(facts & set(complaint.flags), key=RED_FLAGS.get, default=None)
     denied = [f for f in complaint.flags if f"no {f}" in facts][:1]
     severity = next(fact for fact in SEVERITY if fact in facts)
     cue = flag is None and complaint.cue in facts
-    risk = [say[fact] for fact in sorted(complaint.risks & facts)][:1]
+    risk = [say[fact] for fact in MODIFIERS if fact in facts]
     judgement = (tier > triage_tier(facts)) - (tier < triage_tier(facts))  # an override, and which way
     label, implied = DISPOSITIONS[tier], IMPLIED[tier].split(" | ")
     if source == "llm":
         tail = ", and the caller denies " + denied[0] if denied else ""
         steps = [f"The {ARTICLE.sub('', name)} is {severity}{' for over a week' * ('over a week' in facts)}{tail}"]
         if flag:
-            steps = [f"{flag} can mean {complaint.flags[flag][1]}"]
+            steps = [f"{flag} can mean {REASONS[flag][0]}"]
         steps += [f"{complaint.cue} is reassuring"] * cue + [f"{r} raises the risk" for r in risk]
         steps += [f"clinical judgement is {'more' if judgement > 0 else 'less'} cautious here"] * (judgement != 0)
         advice = f" with {complaint.advice}" * (tier == 0)
@@ -330,12 +273,16 @@ def write_rationale(facts: set[str], tier: int, source: str, rng: random.Random)
         steps.append(end + advice if rng.random() < 0.75 else implied[0] + advice)
     else:
         nurse = source == "nurse"
-        reason = [f"r/o {complaint.flags[flag][2]}" if nurse else f"possible {ARTICLE.sub('', complaint.flags[flag][1])}"] if flag else []
+        reason = (
+            [f"r/o {REASONS[flag][1]}" if nurse else f"possible {ARTICLE.sub('', REASONS[flag][0])}"] if flag else []
+        )
         first = [say[name], say[severity]] + [say["over a week"]] * ("over a week" in facts)
         steps = [", ".join(first + reason)]
         steps += [say[flag]] if flag else []
         steps += [f"denies {say[f]}" for f in denied] + [say[complaint.cue]] * cue + risk
-        steps += [f"{'up' if judgement > 0 else 'down'} one level{' per RN' if nurse else ' on judgement'}"] * (judgement != 0)
+        steps += [f"{'up' if judgement > 0 else 'down'} one level{' per RN' if nurse else ' on judgement'}"] * (
+            judgement != 0
+        )
         end = label if rng.random() < 0.4 else implied[1 if nurse else 2]
         if not nurse or rng.random() < 0.6 or argues_for(". ".join(steps)) != label:
             steps.append(end)
@@ -373,7 +320,9 @@ def simulate(n: dict[str, int], seed: int, source: str, stage1_source: str) -> D
                 rationale = write_rationale(facts, tier, voice, random.Random(f"{seed} {split} {i} {voice}"))
                 splits.setdefault((split, voice), []).append(Example(note, DISPOSITIONS[tier], rationale))
     train, val, test = (splits[split, source] for split in n)
-    return Dataset(train, val, test, DISPOSITIONS, splits["train", stage1_source], splits["val", stage1_source], ceiling)
+    return Dataset(
+        train, val, test, DISPOSITIONS, splits["train", stage1_source], splits["val", stage1_source], ceiling
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,25 +331,25 @@ def simulate(n: dict[str, int], seed: int, source: str, stage1_source: str) -> D
 COLUMNS = ("question", "label", "rationale")
 
 
-class BadInput(ValueError):
+class InputError(ValueError):
     """What the user gave cannot be used. The message is one line: what, where, how to mend it."""
 
 
 def make_example(record: object, where: str) -> Example:
     """A record with the three columns -> Example. The rationale may be empty (it is then never trained on or scored).
 
-    Raises BadInput if the record is no object, a column is missing, a value is no string, or question or label is empty.
+    Raises InputError if the record is no object, a column is missing, a value is no string, or question or label is empty.
     """
     if not isinstance(record, dict):
-        raise BadInput(f"{where}: expected an object with {', '.join(COLUMNS)}, found {type(record).__name__}")
+        raise InputError(f"{where}: expected an object with {', '.join(COLUMNS)}, found {type(record).__name__}")
     for column in COLUMNS:
         if column not in record:
-            raise BadInput(f"{where}: no '{column}'; each record needs {', '.join(COLUMNS)}")
+            raise InputError(f"{where}: no '{column}'; each record needs {', '.join(COLUMNS)}")
         if not isinstance(record[column], str):
             kind = type(record[column]).__name__
-            raise BadInput(f"{where}: '{column}' must be text, found {kind}; write it in quotes")
+            raise InputError(f"{where}: '{column}' must be text, found {kind}; write it in quotes")
         if column != "rationale" and not record[column].strip():
-            raise BadInput(f"{where}: '{column}' is empty; fill it in or delete the record")
+            raise InputError(f"{where}: '{column}' is empty; fill it in or delete the record")
     return Example(*(record[column].strip() for column in COLUMNS))
 
 
@@ -408,28 +357,32 @@ def pubmedqa_record(record: dict, where: str) -> Example:
     """PubMedQA (Jin et al. 2019): question and abstract -> yes, no or maybe; the long answer is the rationale."""
     for key in ("QUESTION", "CONTEXTS", "final_decision", "LONG_ANSWER"):
         if not isinstance(record, dict) or key not in record:
-            raise BadInput(f"{where}: no '{key}'; this reader takes PubMedQA's ori_pqal.json unchanged")
+            raise InputError(f"{where}: no '{key}'; this reader takes PubMedQA's ori_pqal.json unchanged")
     contexts = record["CONTEXTS"]
     if not (isinstance(contexts, list) and all(isinstance(text, str) for text in [record["QUESTION"], *contexts])):
-        raise BadInput(f"{where}: 'QUESTION' must be text and 'CONTEXTS' a list of texts")
+        raise InputError(f"{where}: 'QUESTION' must be text and 'CONTEXTS' a list of texts")
     question = " ".join([record["QUESTION"], *contexts])
-    return make_example(dict(zip(COLUMNS, (question, record["final_decision"], record["LONG_ANSWER"]), strict=True)), where)
+    return make_example(
+        dict(zip(COLUMNS, (question, record["final_decision"], record["LONG_ANSWER"]), strict=True)), where
+    )
 
 
 def read_bioasq(questions: object, path: Path) -> list[Example]:
     """BioASQ Task B: the yes/no questions with their snippets; the first ideal answer is the rationale."""
     if not isinstance(questions, list):
-        raise BadInput(f"{path}: 'questions' must be a list; this reader takes BioASQ's Task B file unchanged")
+        raise InputError(f"{path}: 'questions' must be a list; this reader takes BioASQ's Task B file unchanged")
     examples = []
     for i, item in enumerate(questions):
         where = f"{path}: question {i + 1}"
         if not isinstance(item, dict) or not isinstance(item.get("body"), str):
-            raise BadInput(f"{where}: no 'body'; this reader takes BioASQ's Task B file unchanged")
+            raise InputError(f"{where}: no 'body'; this reader takes BioASQ's Task B file unchanged")
         if item.get("type") != "yesno":
             continue
         snippets, ideal = item.get("snippets", []), item.get("ideal_answer", "")
-        if not isinstance(snippets, list) or not all(isinstance(s, dict) and isinstance(s.get("text"), str) for s in snippets):
-            raise BadInput(f"{where}: 'snippets' must be a list of objects with a 'text'")
+        if not isinstance(snippets, list) or not all(
+            isinstance(s, dict) and isinstance(s.get("text"), str) for s in snippets
+        ):
+            raise InputError(f"{where}: 'snippets' must be a list of objects with a 'text'")
         answer = item.get("exact_answer")
         record = {"question": " ".join([item["body"], *(s["text"] for s in snippets)])}
         record["label"] = answer.lower() if isinstance(answer, str) else answer
@@ -440,26 +393,28 @@ def read_bioasq(questions: object, path: Path) -> list[Example]:
 
 def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # -sig: a byte order mark, as Excel writes it, is no part of the text
+        return path.read_text(
+            encoding="utf-8-sig"
+        )  # -sig: a byte order mark, as Excel writes it, is no part of the text
     except OSError as e:
-        raise BadInput(f"{path}: {e.strerror}; check the path given to --data") from None
+        raise InputError(f"{path}: {e.strerror}; check the path given to --data") from None
     except UnicodeDecodeError as e:
-        raise BadInput(f"{path}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
+        raise InputError(f"{path}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
 
 
 def parse_json(text: str, where: str) -> object:
     def unique(pairs: list) -> dict:  # json keeps the last of two equal keys, silently
         record = dict(pairs)
         if len(record) < len(pairs):
-            raise BadInput(f"{where}: a key occurs twice in one object; delete one of them")
+            raise InputError(f"{where}: a key occurs twice in one object; delete one of them")
         return record
 
     try:
         return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as e:
-        raise BadInput(f"{where}: not valid JSON ({e.msg} at column {e.colno}); mend or delete it") from None
+        raise InputError(f"{where}: not valid JSON ({e.msg} at column {e.colno}); mend or delete it") from None
     except RecursionError:
-        raise BadInput(f"{where}: JSON nested too deeply; each record needs {', '.join(COLUMNS)}") from None
+        raise InputError(f"{where}: JSON nested too deeply; each record needs {', '.join(COLUMNS)}") from None
 
 
 def read_csv(text: str, path: Path) -> list[Example]:
@@ -467,23 +422,29 @@ def read_csv(text: str, path: Path) -> list[Example]:
     try:
         missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
         if missing:
-            raise BadInput(f"{path}: line 1: no column '{missing[0]}'; the header must name {','.join(COLUMNS)}, with commas")
+            raise InputError(
+                f"{path}: line 1: no column '{missing[0]}'; the header must name {','.join(COLUMNS)}, with commas"
+            )
         rows = []
         for row in reader:
             where = f"{path}: line {reader.line_num}"
             if None in row or None in row.values():
-                raise BadInput(f"{where}: {'more' if None in row else 'fewer'} fields than the header; quote texts with commas")
+                raise InputError(
+                    f"{where}: {'more' if None in row else 'fewer'} fields than the header; quote texts with commas"
+                )
             rows.append(make_example(row, where))
         return rows
     except csv.Error as e:
-        raise BadInput(f"{path}: line {reader.line_num}: not valid CSV ({e}); quote texts that hold quotes or commas") from None
+        raise InputError(
+            f"{path}: line {reader.line_num}: not valid CSV ({e}); quote texts that hold quotes or commas"
+        ) from None
 
 
 def read_file(path: Path) -> tuple[list[Example], list[str] | None]:
-    """The examples of one file, and for PubMedQA their ids. Raises BadInput."""
+    """The examples of one file, and for PubMedQA their ids. Raises InputError."""
     text = read_text(path)
     if not text.strip():
-        raise BadInput(f"{path}: the file is empty; it needs records with {', '.join(COLUMNS)}")
+        raise InputError(f"{path}: the file is empty; it needs records with {', '.join(COLUMNS)}")
     if text.lstrip()[0] not in "{[":
         return read_csv(text, path), None
     lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -495,7 +456,10 @@ def read_file(path: Path) -> tuple[list[Example], list[str] | None]:
         return read_bioasq(whole["questions"], path), None
     if isinstance(whole, dict) and whole and all(isinstance(record, dict) for record in whole.values()):
         return [pubmedqa_record(record, f"{path}: id {key}") for key, record in whole.items()], list(whole)
-    return [make_example(record, f"{path}: record {i}") for i, record in enumerate(whole if isinstance(whole, list) else [whole], 1)], None
+    return [
+        make_example(record, f"{path}: record {i}")
+        for i, record in enumerate(whole if isinstance(whole, list) else [whole], 1)
+    ], None
 
 
 def read_splits(path: Path, seed: int) -> list[list[Example]]:
@@ -505,7 +469,9 @@ def read_splits(path: Path, seed: int) -> list[list[Example]]:
         for split in ("train", "val", "test"):
             found = [path / f"{split}{suffix}" for suffix in (".jsonl", ".csv") if (path / f"{split}{suffix}").exists()]
             if len(found) != 1:
-                raise BadInput(f"{path}: {'both' if found else 'neither'} {split}.jsonl and {split}.csv; it needs one of them")
+                raise InputError(
+                    f"{path}: {'both' if found else 'neither'} {split}.jsonl and {split}.csv; it needs one of them"
+                )
             splits.append(read_file(found[0])[0])
         return splits
     examples, ids = read_file(path)
@@ -523,20 +489,22 @@ def read_splits(path: Path, seed: int) -> list[list[Example]]:
 
 
 def load_data(source: str, seed: int, limit: int | None, rationales: str, stage1_rationales: str) -> Dataset:
-    """The data set named by `source`: `triage`, a file or a folder. Raises BadInput (see the readers)."""
+    """The data set named by `source`: `triage`, a file or a folder. Raises InputError (see the readers)."""
     if source == "triage":
         n = {split: min(size, limit or size) for split, size in TRIAGE_SIZES.items()}
         return simulate(n, seed, rationales, stage1_rationales)
     train, val, test = (split[:limit] for split in read_splits(Path(source), seed))
     for name, split in (("train", train), ("val", val), ("test", test)):
         if not split:
-            raise BadInput(f"{source}: the {name} split is empty; it needs at least one record")
+            raise InputError(f"{source}: the {name} split is empty; it needs at least one record")
     labels = [label for label, _ in Counter(example.label for example in train + val + test).most_common()]
     alike = Counter(" ".join(label.lower().split()) for label in labels).most_common(1)[0]
     if alike[1] > 1:
-        raise BadInput(f"{source}: labels that differ only by case or spaces, like '{alike[0]}'; spell each label one way")
+        raise InputError(
+            f"{source}: labels that differ only by case or spaces, like '{alike[0]}'; spell each label one way"
+        )
     if len(set(example.label for example in train)) < 2:
-        raise BadInput(f"{source}: the train split has one label, '{train[0].label}'; it needs at least two")
+        raise InputError(f"{source}: the train split has one label, '{train[0].label}'; it needs at least two")
     return Dataset(train, val, test, labels, train, val)
 
 

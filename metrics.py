@@ -118,8 +118,8 @@ def sentence_bleu(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
 class Reader:
     """Which label does a text argue for? Multinomial naive Bayes over words, fitted on gold training rationales.
 
-    Label strings are masked before fitting and reading, so it judges what is said and not what is named. It is
-    independent of the model; its accuracy on gold test rationales is its own ceiling and is reported beside its verdicts.
+    Label strings are masked before fitting and reading, so it judges what is said and not what is named. It never met
+    the model; its accuracy on gold test rationales is its own ceiling and is reported beside its verdicts.
     """
 
     def __init__(self, rationales: Sequence[str], gold: Sequence[str], labels: Sequence[str]):
@@ -158,7 +158,10 @@ def bootstrap_interval(statistic: Callable[[np.ndarray], float], n: int, resampl
 def mean_and_interval(name: str, values: Sequence[float]) -> dict[str, float | list[float]]:
     """{name: mean, name_ci95: its interval} of one number per example."""
     array = np.asarray(values, dtype=float)
-    return {name: float(array.mean()), f"{name}_ci95": bootstrap_interval(lambda rows: float(array[rows].mean()), len(array))}
+    return {
+        name: float(array.mean()),
+        f"{name}_ci95": bootstrap_interval(lambda rows: float(array[rows].mean()), len(array)),
+    }
 
 
 def label_scores(gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> dict:
@@ -182,7 +185,11 @@ def label_scores(gold: Sequence[str], predicted: Sequence[str], labels: Sequence
 
 
 def rationale_scores(
-    texts: Sequence[str], references: Sequence[str], given: Sequence[str], gold: Sequence[str], argues: Callable[[str], str | None]
+    texts: Sequence[str],
+    references: Sequence[str],
+    given: Sequence[str],
+    gold: Sequence[str],
+    argues: Callable[[str], str | None],
 ) -> dict:
     """One condition of the group `rationale`: n, bleu, sentence_bleu, argues_given, argues_gold, with intervals.
 
@@ -190,7 +197,10 @@ def rationale_scores(
     """
     if not texts:
         return {"n": 0}
-    pairs = [(tokenize_13a(t), tokenize_13a(r), tokenize_13a(t.lower()), tokenize_13a(r.lower())) for t, r in zip(texts, references, strict=True)]
+    pairs = [
+        (tokenize_13a(t), tokenize_13a(r), tokenize_13a(t.lower()), tokenize_13a(r.lower()))
+        for t, r in zip(texts, references, strict=True)
+    ]
     counts = np.array([bleu_counts(hypothesis, reference) for hypothesis, reference, _, _ in pairs])
     verdicts = [argues(text) for text in texts]
     return {
@@ -211,3 +221,25 @@ def ratio_and_interval(name: str, numerators: np.ndarray, denominators: np.ndarr
 
     everything = np.arange(len(numerators))
     return {name: ratio(everything), f"{name}_ci95": bootstrap_interval(ratio, len(numerators))}
+
+
+def bertscore(
+    hypothesis: np.ndarray,
+    reference: np.ndarray,
+    hypothesis_weights: np.ndarray | None = None,
+    reference_weights: np.ndarray | None = None,
+) -> tuple[float, float, float]:
+    """BERTScore (Zhang et al. 2020, section 3) of one pair: precision, recall, F1, 0-100 (-100 at worst).
+
+    Token vectors (T, D) and (S, D) -> each token is matched with its nearest token of the other text by cosine; the
+    optional weights (T,), (S,) are the idf of the tokens. A text without tokens scores 0.
+    """
+    if not (len(hypothesis) and len(reference)):
+        return 0.0, 0.0, 0.0
+    cosine = (hypothesis / np.linalg.norm(hypothesis, axis=1, keepdims=True)) @ (
+        reference / np.linalg.norm(reference, axis=1, keepdims=True)
+    ).T  # (T, S)
+    precision = float(np.average(cosine.max(1), weights=hypothesis_weights))
+    recall = float(np.average(cosine.max(0), weights=reference_weights))
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return 100 * precision, 100 * recall, 100 * f1

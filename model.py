@@ -225,7 +225,7 @@ class Transformer(nn.Module):
         return self.logits(x)
 
     def nll(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Negative log-likelihood in nats of each target token: (B, S), (B, T) -> (B, T), 0 where labels are padding."""
+        """Nats of each target token: source (B, S), target (B, T) -> (B, T), 0 where the target is padding."""
         logits = self.forward(input_ids, labels).transpose(1, 2).float()  # (B, V, T)
         return F.cross_entropy(logits, labels, ignore_index=self.config.pad_id, reduction="none")
 

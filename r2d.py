@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import sentencepiece
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import data
 import metrics
-from data import EXPLAIN, EXPLAIN_GIVEN, PREDICT, BadInput, Dataset, Example, Prompts, Tokenizer
+from data import EXPLAIN, EXPLAIN_GIVEN, PREDICT, Dataset, Example, InputError, Prompts, Tokenizer
 from model import ModelConfig, Transformer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,8 +46,12 @@ def option(default: object, help: str, choices: tuple = (), metavar: str | None 
 
 @dataclass(frozen=True)
 class Options:
-    stage: int = option(2, "1: rationale pre-training only; 2: stage 1 if its checkpoint is missing, then the rest", (1, 2))
-    method: str = option("r2d", "r2d: the paper; sft: label only; dss: label and rationale side by side", ("r2d", "sft", "dss"))
+    stage: int = option(
+        2, "1: rationale pre-training only; 2: stage 1 if its checkpoint is missing, then the rest", (1, 2)
+    )
+    method: str = option(
+        "r2d", "r2d: the paper; sft: label only; dss: label and rationale side by side", ("r2d", "sft", "dss")
+    )
     no_stage1: bool = option(False, "ablation: start stage 2 from random weights")
     schedule: str = option(
         "linear", "how P(predicted label in the prompt) rises; none: gold labels only",
@@ -56,7 +61,9 @@ class Options:
     ramp: float = option(0.6, "share of stage 2 in which P(predicted) then rises to the cap")
     cap: float = option(0.9, "P(predicted) after the ramp, 0 to 1")
     alpha: float = option(0.7, "weight of the label loss, 0 to 1; the rationale loss has 1 - alpha")
-    data: str = option("triage", "triage (simulated), a .jsonl, .csv or .json file, or a folder", metavar="triage|FILE|DIR")
+    data: str = option(
+        "triage", "triage (simulated), a .jsonl, .csv or .json file, or a folder", metavar="triage|FILE|DIR"
+    )
     rationales: str = option("llm", "whose rationales stage 2 learns (triage only)", ("llm", "nurse", "post"))
     stage1_rationales: str = option("llm", "whose rationales stage 1 learns (triage only)", ("llm", "nurse", "post"))
     out: str = option("out", "folder of the run", metavar="DIR")
@@ -64,19 +71,23 @@ class Options:
     stage1_steps: int = option(600, "updates in stage 1")
     stage2_steps: int = option(1500, "updates in stage 2")
     batch_size: int = option(32, "examples per update")
-    lr: float = option(1e-3, "peak learning rate of AdamW in both stages, after a warm-up over 10 % of the steps")
+    lr: float = option(1e-2, "peak learning rate of AdamW in both stages, after a warm-up over 10 % of the steps")
     eval_every: int = option(100, "updates between two validations")
     width: int = option(128, "width of the model (d_model); feed-forward layers are 4 times as wide")
     layers: int = option(2, "layers of the encoder, and of the decoder")
     heads: int = option(4, "attention heads")
-    dropout: float = option(0.1, "dropout rate, 0 to 1")
+    dropout: float = option(0.0, "dropout rate, 0 to 1")
     vocab_size: int = option(1536, "pieces of the tokenizer")
     max_source: int = option(256, "longest prompt in tokens; longer questions are cut and counted")
     max_target: int = option(128, "longest rationale in tokens")
-    limit: int | None = option(None, "use at most N examples of each split (for trying things); default all", metavar="N")
+    limit: int | None = option(
+        None, "use at most N examples of each split (for trying things); default all", metavar="N"
+    )
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
     eval: bool = option(False, "evaluate the checkpoint in --out, without training")
-    ask: str | None = option(None, "predict and explain one note with the checkpoint in --out; default none", metavar="TEXT")
+    ask: str | None = option(
+        None, "predict and explain one note with the checkpoint in --out; default none", metavar="TEXT"
+    )
     fresh: bool = option(False, "start over: move what is in --out aside first")
 
 
@@ -193,17 +204,18 @@ def token_mean(run: Run, sources: list[list[int]], targets: list[list[int]]) -> 
     return run.model.nll(data.pad(sources, run.device), targets).sum() / (targets != 0).sum().clamp(min=1)
 
 
-def stage1_loss(run: Run, examples: list[Example]) -> Tensor:
+def stage1_loss(run: Run, examples: list[Example]) -> tuple[Tensor, dict[str, float]]:
     """explain: {question} -> rationale."""
     sources = [run.prompts.source(EXPLAIN, e.question) for e in examples]
-    return token_mean(run, sources, [run.prompts.target(e.rationale) for e in examples])
+    loss = token_mean(run, sources, [run.prompts.target(e.rationale) for e in examples])
+    return loss, {"loss_explain": loss.item()}
 
 
 def labels_in_prompts(run: Run, examples: list[Example], p: float, coin: torch.Generator) -> tuple[list[str], int]:
     """Scheduled sampling: the gold labels, some of them replaced by the model's own; and how many were.
 
-    Coins first, then only the labels that are used are generated, in eval mode (the authors' code generates all of them,
-    with dropout on). What is no label never enters a training prompt: gold stays there.
+    Coins first; then only the labels that are used are generated, in eval mode (the authors' code generates all, with
+    dropout on). What is no label never enters a training prompt: gold stays there.
     """
     labels = [e.label for e in examples]
     chosen = [i for i, heads in enumerate(flip_coins(len(examples), p, coin)) if heads]
@@ -215,8 +227,11 @@ def labels_in_prompts(run: Run, examples: list[Example], p: float, coin: torch.G
     return labels, valid
 
 
-def stage2_loss(run: Run, examples: list[Example], step: int, coin: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-    """alpha * L_predict + (1 - alpha) * L_explain. The target is the gold rationale, whichever label is in the prompt."""
+def stage2_loss(run: Run, examples: list[Example], step: int, coin: torch.Generator) -> tuple[Tensor, dict]:
+    """alpha * L_predict + (1 - alpha) * L_explain, and the numbers for the log.
+
+    The target is the gold rationale, whichever label is in the prompt.
+    """
     o = run.options
     sources = [run.prompts.source(PREDICT, e.question) for e in examples]
     loss_predict = token_mean(run, sources, [run.prompts.target(e.label) for e in examples])
@@ -259,21 +274,31 @@ def save_checkpoint(path: Path, content: dict) -> None:
     write_file(path, buffer.getvalue())
 
 
+def checkpoint(model: Transformer) -> dict:
+    return {"config": asdict(model.config), "weights": model.state_dict()}
+
+
 def load_checkpoint(path: Path, device: str) -> dict:
-    """Raises BadInput if the file is missing or damaged, or holds anything but tensors and plain values."""
+    """Raises InputError if the file is missing or damaged, or holds anything but tensors and plain values."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such checkpoint; train first, or give the folder of a finished run to --out") from None
+        raise InputError(
+            f"{path}: no such checkpoint; train first, or give the folder of a finished run to --out"
+        ) from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as e:
-        raise BadInput(f"{path}: not a checkpoint of this program ({type(e).__name__}); delete it or use --fresh") from None
+        raise InputError(
+            f"{path}: not a checkpoint of this program ({type(e).__name__}); delete it or use --fresh"
+        ) from None
 
 
 def load_weights(run: Run, stage: int) -> None:
     """The best weights of a stage, from stage1.pt or stage2.pt."""
     checkpoint = load_checkpoint(run.out / f"stage{stage}.pt", run.device)
     if checkpoint["config"] != asdict(run.model.config):
-        raise BadInput(f"{run.out / f'stage{stage}.pt'}: the checkpoint has another shape than the options; use --fresh")
+        raise InputError(
+            f"{run.out / f'stage{stage}.pt'}: the checkpoint has another shape than the options; use --fresh"
+        )
     run.model.load_state_dict(checkpoint["weights"])
 
 
@@ -300,26 +325,27 @@ def finish_the_step() -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def validate(run: Run, stage: int) -> dict[str, float]:
-    """Scores on the validation split. The first is the one that chooses the checkpoint; scheduled sampling never runs."""
+def validate(run: Run, stage: int) -> tuple[float, dict[str, float]]:
+    """The score that chooses the checkpoint, higher is better, and all validation scores for the log.
+
+    Labels in the prompts are gold or predicted throughout; scheduled sampling never runs in evaluation.
+    """
+    o, val, scores = run.options, run.data.stage1_val if stage == 1 else run.data.val, {}
     run.model.eval()
-    val = run.data.stage1_val if stage == 1 else run.data.val
     if stage == 1:
-        scores = {"val_loss": rationale_nll(run, val, [EXPLAIN] * len(val))}
+        heads = {"val_loss": [EXPLAIN] * len(val)}
     else:
         gold, predicted = [e.label for e in val], predict_labels(run, [e.question for e in val])
-        scores = {
-            "val_macro_f1": metrics.macro_f1(gold, predicted, run.data.labels),
-            "val_accuracy": metrics.accuracy(gold, predicted),
-            "val_invalid": 100 * sum(label not in run.data.labels for label in predicted) / len(val),
-        }
-        if run.options.method == "dss":
-            scores["val_nll"] = rationale_nll(run, val, [EXPLAIN] * len(val))
-        if run.options.method == "r2d":
-            for condition, labels in (("gold", gold), ("predicted", predicted)):
-                scores[f"val_nll_{condition}"] = rationale_nll(run, val, [EXPLAIN_GIVEN.format(label=x) for x in labels])
+        scores["val_macro_f1"] = metrics.macro_f1(gold, predicted, run.data.labels)
+        scores["val_accuracy"] = metrics.accuracy(gold, predicted)
+        scores["val_invalid"] = 100 * sum(label not in run.data.labels for label in predicted) / len(val)
+        heads = {"val_nll_gold": gold, "val_nll_predicted": predicted} if o.method == "r2d" else {}
+        heads = {name: [EXPLAIN_GIVEN.format(label=label) for label in column] for name, column in heads.items()}
+    for name, column in heads.items():
+        nats, tokens = nll_counts(run, val, column).sum(0)
+        scores[name] = float(nats / max(tokens, 1))
     run.model.train()
-    return scores
+    return -scores["val_loss"] if stage == 1 else scores["val_macro_f1"], scores
 
 
 def train(run: Run, stage: int) -> None:
@@ -329,15 +355,19 @@ def train(run: Run, stage: int) -> None:
     stage 2 the highest validation macro-F1 among the checkpoints after the ramp, for every method alike: the paper's
     code may keep one from before any predicted label was seen.
     """
-    o, model = run.options, run.model
-    steps, patience, lower_is_better = ((o.stage1_steps, 3, True), (o.stage2_steps, 5, False))[stage - 1]
+    o, model, last = run.options, run.model, run.out / "last.pt"
+    steps, patience, armed = (
+        (o.stage1_steps, 3, 0) if stage == 1 else (o.stage2_steps, 5, (o.warmup + o.ramp) * o.stage2_steps)
+    )
     examples = run.data.stage1_train if stage == 1 else run.data.train
     lengths = [len(run.prompts.source(EXPLAIN, e.question)) for e in examples]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=0.0, fused=True)
+    # The rate of each tensor is --lr times the size (RMS) of its weights, as in T5's own optimiser (Adafactor,
+    # arXiv 1804.04235). T5's initial weights differ a hundredfold: at one rate, q explodes and embeddings stand still.
+    tensors = [{"params": [p], "size": max(p.detach().square().mean().sqrt().item(), 1e-3)} for p in model.parameters()]
+    optimizer = torch.optim.AdamW(tensors, weight_decay=0.0, fused=True)
     torch.manual_seed(1000 * o.seed + stage)  # dropout
     coin = torch.Generator().manual_seed(1000 * o.seed + stage)
-    start, best, worse, armed = 0, -math.inf, 0, 0 if stage == 1 else (o.warmup + o.ramp) * steps
-    last = run.out / "last.pt"
+    start, best, worse = 0, -math.inf, 0
     state = load_checkpoint(last, "cpu") if last.exists() else {"stage": 0, "log_size": 0}
     if state["stage"] == stage:
         start, best, worse = state["step"], state["best"], state["worse"]
@@ -345,41 +375,43 @@ def train(run: Run, stage: int) -> None:
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         coin.set_state(state["coin"])
-        print(f"stage {stage}: continues at step {start} of {steps}")
+        print(f"stage {stage}: goes on at step {start} of {steps}")
     model.train()
-    bar = tqdm(range(start, steps), f"stage {stage}", steps, initial=start, mininterval=0.5 if sys.stderr.isatty() else 20)
+    pause = 0.5 if sys.stderr.isatty() else 20  # seconds between two pictures of the bar
+    bar = tqdm(range(start, steps), f"stage {stage}", steps, initial=start, mininterval=pause)
     with bar, finish_the_step() as asked, open(run.out / "log.jsonl", "ab") as log:
-        log.truncate(state["log_size"])  # lines written after the state was saved are written again, the same
+        log.truncate(state["log_size"])  # lines written after the state was saved will be written again, the same
         for step in bar:
             epoch, place = divmod(step, max(len(examples) // o.batch_size, 1))
             if place == 0 or step == start:
                 batches = data.batch_order(lengths, o.batch_size, o.seed, epoch)
-            batch = [examples[i] for i in batches[place]]
             began, run.tokens = time.perf_counter(), 0
-            lr = optimizer.param_groups[0]["lr"] = lr_at(step, steps, o.lr)
-            loss, parts = (stage1_loss(run, batch), {}) if stage == 1 else stage2_loss(run, batch, step, coin)
+            batch = [examples[i] for i in batches[place]]
+            loss, parts = stage1_loss(run, batch) if stage == 1 else stage2_loss(run, batch, step, coin)
             optimizer.zero_grad()
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
             if not math.isfinite(grad_norm):
-                raise BadInput(f"stage {stage}, step {step}: the loss is {loss.item()}; try a lower --lr. {last} is kept")
+                raise InputError(f"stage {stage}, step {step}: the loss is {loss.item()}; try a lower --lr")
+            lr = lr_at(step, steps, o.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["size"]
             optimizer.step()
-            speed = run.tokens / (time.perf_counter() - began)
+            speed = round(run.tokens / (time.perf_counter() - began))
             line = {"stage": stage, "step": step, "loss": loss.item(), **parts, "lr": lr, "grad_norm": grad_norm}
-            line["tokens_per_second"] = round(speed)
+            line["tokens_per_second"] = speed
+            bar.set_postfix({"loss": f"{line['loss']:.3f}", "P(predicted)": f"{line.get('p_predicted', 0):.2f}"}, False)
             done = step + 1
             if done % o.eval_every == 0 or done == steps:
-                line |= validate(run, stage)
-                score = -line["val_loss"] if stage == 1 else line["val_macro_f1"]
-                if done >= armed or done == steps:
-                    worse += 1
+                score, scores = validate(run, stage)
+                line |= scores
+                if done >= armed:
+                    worse = 0 if score > best else worse + 1
                     if score > best:
-                        best, worse = score, 0
-                        weights = {"config": asdict(model.config), "weights": model.state_dict(), "stage": stage, "step": done}
-                        save_checkpoint(run.out / f"stage{stage}.pt", weights)
+                        best = score
+                        save_checkpoint(run.out / f"stage{stage}.pt", {"step": done, **checkpoint(model)})
             log.write((json.dumps(line) + "\n").encode())
-            bar.set_postfix({"loss": f"{line['loss']:.3f}", "P(predicted)": f"{line.get('p_predicted', 0):.2f}"}, refresh=False)
-            if asked or done == steps or worse >= patience or done % o.eval_every == 0:
+            if asked or worse >= patience or done % o.eval_every == 0 or done == steps:
                 log.flush()
                 state = {"stage": stage, "step": steps if worse >= patience else done, "best": best, "worse": worse}
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log_size": log.tell()}
@@ -410,12 +442,6 @@ def nll_counts(run: Run, examples: list[Example], heads: list[str]) -> np.ndarra
     return out
 
 
-def rationale_nll(run: Run, examples: list[Example], heads: list[str]) -> float:
-    """Nats per token of the gold rationales."""
-    nats, tokens = nll_counts(run, examples, heads).sum(0)
-    return float(nats / max(tokens, 1))
-
-
 def flipped_labels(examples: list[Example], labels: list[str], seed: int) -> list[str]:
     """A wrong label for each example, drawn evenly from the others."""
     rng = np.random.default_rng(seed)
@@ -423,112 +449,150 @@ def flipped_labels(examples: list[Example], labels: list[str], seed: int) -> lis
     return [wrong[rng.integers(len(wrong))] for wrong in others]
 
 
+@torch.no_grad()
+def token_vectors(run: Run, encoder: Transformer, texts: list[str]) -> dict[str, np.ndarray]:
+    """{text: (tokens, D)}: the encoder's output for each token of a text but the end token; for BERTScore."""
+    unique = sorted(set(texts), key=lambda text: len(run.prompts.target(text)))
+    vectors = {}
+    for at in range(0, len(unique), 128):
+        rows = [[*run.prompts.target(text)[:-1], 1] for text in unique[at : at + 128]]
+        encoded = encoder.encode(data.pad(rows, run.device)).float().cpu().numpy()
+        vectors |= {text: x[: len(row) - 1] for text, row, x in zip(unique[at : at + 128], rows, encoded, strict=True)}
+    return vectors
+
+
 def evaluate(run: Run) -> dict:
-    """Write predictions.jsonl and metrics.json for the test split, and return the latter (keys: README)."""
+    """Write predictions.jsonl and metrics.json for the test split, and return what the latter holds (keys: README)."""
     o, test, labels = run.options, run.data.test, run.data.labels
     questions, gold = [e.question for e in test], [e.label for e in test]
     run.model.eval()
-    print(f"evaluation: {len(test)} test examples, each label predicted, each explanation under every condition")
-    predicted = predict_labels(run, questions)
-    result = {"method": o.method, "data": o.data, "seed": o.seed, "label": metrics.label_scores(gold, predicted, labels)}
+    print(f"evaluation of {len(test)} test examples: label, then rationale under every condition", flush=True)
+    predicted, flipped = predict_labels(run, questions), flipped_labels(test, labels, o.seed)
+    label = metrics.label_scores(gold, predicted, labels)
     majority = [Counter(e.label for e in run.data.train).most_common(1)[0][0]] * len(test)
     for name, baseline in (("majority", majority), ("ceiling", run.data.ceiling)):
         if baseline:
-            result["label"][f"{name}_accuracy"] = metrics.accuracy(gold, baseline)
-            result["label"][f"{name}_macro_f1"] = metrics.macro_f1(gold, baseline, labels)
-    flipped = flipped_labels(test, labels, o.seed)
+            label[f"{name}_accuracy"] = metrics.accuracy(gold, baseline)
+            label[f"{name}_macro_f1"] = metrics.macro_f1(gold, baseline, labels)
     conditions = {"gold": gold, "predicted": predicted, "flipped": flipped}
-    if o.method == "dss":
-        conditions = {"predicted": predicted}  # the explanation never sees a label: one condition
-    elif o.method == "sft":
-        conditions = {}
+    if o.method != "r2d":  # DSS explains without seeing a label: one condition. SFT does not explain.
+        conditions = {"predicted": predicted} if o.method == "dss" else {}
     texts = {name: explain(run, questions, given) for name, given in conditions.items()}
-    if conditions:
+    result = {"method": o.method, "data": o.data, "seed": o.seed, "label": label}
+    if texts:
         result |= rationale_report(run, conditions, texts)
-    rows = []
+    lines = []
     for i, example in enumerate(test):
         row = {**vars(example), "predicted_label": predicted[i], "flipped_label": flipped[i]}
-        rows.append(row | {f"rationale_given_{name}": texts[name][i] if name in texts else None for name in ("predicted", "gold", "flipped")})
-    write_file(run.out / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        for name in ("predicted", "gold", "flipped"):
+            row[f"rationale_given_{name}"] = texts[name][i] if name in texts else None
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_file(run.out / "predictions.jsonl", "".join(lines).encode())
     write_json(run.out / "metrics.json", result)
     return result
 
 
 def rationale_report(run: Run, conditions: dict[str, list[str]], texts: dict[str, list[str]]) -> dict:
-    """The groups rationale, exposure and self of metrics.json: how good and how faithful the explanations are."""
-    o, test = run.options, run.data.test
+    """The groups rationale, exposure and self of metrics.json: how good and how faithful the explanations are.
+
+    `conditions` holds the labels in the prompts and `texts` the rationales they led to, one per test example.
+    """
+    o, test, mean = run.options, run.data.test, metrics.mean_and_interval
     gold, references = [e.label for e in test], [e.rationale for e in test]
-    scored = [i for i, text in enumerate(references) if text]
-    reader = metrics.Reader(*zip(*((e.rationale, e.label) for e in run.data.train if e.rationale), strict=True), run.data.labels)
+    explained = [e for e in run.data.train if e.rationale]
+    reader = metrics.Reader([e.rationale for e in explained], [e.label for e in explained], run.data.labels)
     argues = data.argues_for if o.data == "triage" else reader
+    has_stage1 = (run.out / "stage1.pt").exists()
+    encoder = Transformer(run.model.config).to(run.device).eval()
+    encoder.load_state_dict(load_checkpoint(run.out / f"stage{1 if has_stage1 else 2}.pt", run.device)["weights"])
+    vectors = token_vectors(run, encoder, references + [text for column in texts.values() for text in column])
+
+    scored = [i for i, text in enumerate(references) if text]
     wrong = [i for i in scored if conditions["predicted"][i] != gold[i]]
-    rationale = {}
+    report = {}
     for name, rows in (("gold", scored), ("predicted", scored), ("flipped", scored), ("predicted_wrong", wrong)):
         condition = name.removesuffix("_wrong")
         if condition not in conditions or not rows:
             continue
-        given = conditions[condition]
-        columns = ([column[i] for i in rows] for column in (texts[condition], references, given, gold))
-        rationale[name] = metrics.rationale_scores(*columns, argues)
+        given, written = conditions[condition], texts[condition]
+        columns = ([column[i] for i in rows] for column in (written, references, given, gold))
+        report[name] = metrics.rationale_scores(*columns, argues)
+        f1 = [metrics.bertscore(vectors[written[i]], vectors[references[i]])[2] for i in rows]
         counts = nll_counts(run, [test[i] for i in rows], [explain_head(o.method, given[i]) for i in rows])
-        rationale[name] |= metrics.ratio_and_interval("nll", *counts.T)
+        report[name] |= mean("bertscore_f1", f1) | metrics.ratio_and_interval("nll", *counts.T)
         if o.data == "triage":
-            grounded = [100 * (not data.ungrounded(texts[condition][i], test[i].question)) for i in rows]
-            rationale[name] |= metrics.mean_and_interval("grounded", grounded)
-    result = {"rationale": rationale, "argues_by": "checker" if o.data == "triage" else "reader"}
-    if "gold" in rationale:
-        gaps = {f"{key}_gap": rationale["gold"][key] - rationale["predicted"][key] for key in ("bleu", "nll")}
-        following = {key.replace("argues_given", "following"): rationale["flipped"][key] for key in ("argues_given", "argues_given_ci95")}
-        result["exposure"] = {**gaps, **following}
-    again = predict_labels(run, texts["predicted"])  # the model reads its own rationale as if it were a question
-    from_gold = predict_labels(run, references)
+            grounded = [100 * (not data.ungrounded(written[i], test[i].question)) for i in rows]
+            report[name] |= mean("grounded", grounded)
+    result = {"argues_by": "checker" if o.data == "triage" else "reader", "rationale": report}
+    result["bertscore_encoder"] = "stage1.pt of this run" if has_stage1 else "stage2.pt of this run"
+    if "gold" in report:
+        result["exposure"] = {f"{key}_gap": report["gold"][key] - report["predicted"][key] for key in ("bleu", "nll")}
+        flipped = report["flipped"]  # every label is wrong there
+        result["exposure"] |= {"following": flipped["argues_given"], "following_ci95": flipped["argues_given_ci95"]}
+    again = predict_labels(run, texts["predicted"])  # P2: the model reads its own rationale as if it were a question
+    from_gold = predict_labels(run, references)  # Pg
     result["self"] = {
         "n": len(scored),
-        **metrics.mean_and_interval("consistency", [100 * (again[i] == conditions["predicted"][i]) for i in scored]),
-        **metrics.mean_and_interval("sufficiency", [100 * (again[i] == gold[i]) for i in scored]),
-        **metrics.mean_and_interval("gold_robustness", [100 * (from_gold[i] == gold[i]) for i in scored]),
-        **metrics.mean_and_interval("reader_accuracy", [100 * (reader(references[i]) == gold[i]) for i in scored]),
+        **mean("consistency", [100 * (again[i] == conditions["predicted"][i]) for i in scored]),
+        **mean("sufficiency", [100 * (again[i] == gold[i]) for i in scored]),
+        **mean("gold_robustness", [100 * (from_gold[i] == gold[i]) for i in scored]),
+        **mean("reader_accuracy", [100 * (reader(references[i]) == gold[i]) for i in scored]),
     }
     return result
 
 
-def print_table(run: Run, result: dict) -> None:
-    """The scores as text, conditions on neighbouring lines, and three test notes with what the model says of them."""
+def table(result: dict) -> str:
+    """metrics.json as text: conditions on neighbouring lines; +- is half the width of the 95 % interval."""
 
-    def cell(scores: dict, key: str) -> str:
-        if key not in scores:
-            return f"{'-':>20}"
-        low, high = scores.get(f"{key}_ci95", (None, None))
-        interval = f" [{low:5.{digits}f}, {high:5.{digits}f}]" if low is not None else ""
-        return f"{scores[key]:5.{digits}f}{interval}".rjust(20)
+    def cell(scores: dict, key: str, digits: int = 1) -> str:
+        low, high = scores.get(f"{key}_ci95", (0, 0))
+        return f"{scores[key]:.{digits}f} +-{(high - low) / 2:.{digits}f}".rjust(14) if key in scores else "-".rjust(14)
 
-    digits, label = 1, result["label"]
-    print(f"\n{result['method']} on {result['data']}, seed {result['seed']}, {label['n']} test examples; 0-100, [95 % interval]\n")
-    print(f"label      accuracy {cell(label, 'accuracy')}   macro-F1 {cell(label, 'macro_f1')}   no label {label['invalid']:.1f}")
-    for name, what in (("majority", "always the most frequent label"), ("ceiling", "the best that any model can reach")):
+    label = result["label"]
+    lines = [
+        f"{result['method']} on {result['data']}, seed {result['seed']}, {label['n']} test examples, scores 0-100",
+        "",
+    ]
+    lines += [f"{'label':18}{'accuracy':>14}{'macro-F1':>14}{'no label':>14}"]
+    lines += [f"{'  model':18}" + "".join(cell(label, key) for key in ("accuracy", "macro_f1", "invalid"))]
+    for name, what in (
+        ("majority", "always the most frequent label"),
+        ("ceiling", "the best that any model can reach"),
+    ):
         if f"{name}_accuracy" in label:
-            print(f"{name:10} accuracy {label[f'{name}_accuracy']:5.1f}{'':15}   macro-F1 {label[f'{name}_macro_f1']:5.1f}{'':15}   {what}")
+            numbers = "".join(f"{label[f'{name}_{key}']:.1f}     ".rjust(14) for key in ("accuracy", "macro_f1"))
+            lines += [f"  {name:16}{numbers}  {what}"]
     if "rationale" not in result:
-        return
-    columns = ("bleu", "sentence_bleu", "argues_given", "argues_gold", "grounded", "nll")
-    print(f"\n{'rationale under':17}{'n':>5}" + "".join(f"{name.replace('_', ' '):>20}" for name in columns))
+        return "\n".join(lines)
+    keys = ["bleu", "sentence_bleu", "bertscore_f1", "nll", "argues_given", "argues_gold"]
+    keys += ["grounded"] * (result["argues_by"] == "checker")
+    lines += ["", f"{'rationale under':18}" + "".join(key.replace("_", " ").rjust(14) for key in keys) + "     n"]
     for name, scores in result["rationale"].items():
-        row = f"{name.replace('_', ', ') + ' label':17}{scores['n']:5}"
-        for key in columns:
-            digits = 2 if key == "nll" else 1
-            row += cell(scores, key)
-        print(row)
+        row = "".join(cell(scores, key, 2 if key == "nll" else 1) for key in keys)
+        lines += [f"  {name.replace('_', ', '):16}{row}{scores['n']:6}"]
     if "exposure" in result:
         gap = result["exposure"]
-        print(f"\nexposure   BLEU gap {gap['bleu_gap']:.1f}, nll gap {gap['nll_gap']:.3f} (gold minus predicted); follows a wrong label: {gap['following']:.1f}")
-    own = result["self"]
-    print(f"self       consistency {own['consistency']:.1f}, sufficiency {own['sufficiency']:.1f}, gold robustness {own['gold_robustness']:.1f}; independent reader on gold rationales: {own['reader_accuracy']:.1f}")
-    rows = [json.loads(line) for line in (run.out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines += [
+            "",
+            f"exposure bias (gold minus predicted): BLEU {gap['bleu_gap']:.1f}, nll {gap['nll_gap']:.3f} nats",
+        ]
+        lines += [f"follows a wrong label in the prompt: {gap['following']:.1f}"]
+    own = ("consistency", "sufficiency", "gold_robustness")
+    lines += ["by the model itself: " + ", ".join(f"{key.replace('_', ' ')} {result['self'][key]:.1f}" for key in own)]
+    lines += [f"an independent reader gets {result['self']['reader_accuracy']:.1f} of the gold rationales right"]
+    return "\n".join(lines)
+
+
+def print_result(run: Run, result: dict) -> None:
+    """The table, then three test notes, one of them misjudged, with what the model says of them."""
+    print("\n" + table(result))
+    lines = (run.out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
     right, wrong = ([row for row in rows if (row["label"] == row["predicted_label"]) == same] for same in (True, False))
     for row in (right[:2] + wrong + right[2:])[:3]:
-        print(f"\nnote       {row['question'][:400]}\ngold       {row['label']}: {row['rationale'][:400]}")
-        print(f"model      {row['predicted_label']}: {row['rationale_given_predicted'][:400]}")
-    print(f"\nfiles in {run.out}: config.json tokenizer.model stage1.pt stage2.pt last.pt log.jsonl predictions.jsonl metrics.json")
+        print(f"\nnote       {row['question'][:500]}\ngold       {row['label']}: {row['rationale'][:500]}")
+        print(f"model      {row['predicted_label']}: {(row['rationale_given_predicted'] or '-')[:500]}")
+    print(f"\nfiles in {run.out}: {' '.join(sorted(path.name for path in run.out.iterdir()))}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -537,153 +601,177 @@ def print_table(run: Run, result: dict) -> None:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        raise BadInput(f"{message}; python r2d.py -h lists the options")
+        raise InputError(f"{message}; python r2d.py -h lists the options")
 
 
 def parse_options(arguments: list[str] | None) -> dict:
-    """Only the options that were given, {name: value}. Raises BadInput."""
-    parser = Parser("r2d.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    """Only the options that were given, {name: value}. Raises InputError."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = Parser("r2d.py", description=__doc__, formatter_class=style, allow_abbrev=False)
     for f in fields(Options):
-        name, default, meta = "--" + f.name.replace("_", "-"), f.default, f.metadata
-        text = meta["help"].replace("%", "%%")
-        if isinstance(default, bool):
-            parser.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text + " (default off)")
-            continue
-        kind = type(default) if default is not None else get_args(f.type)[0]
-        shown = f" (default {default})" if default is not None else ""
-        parser.add_argument(name, type=kind, choices=meta["choices"] or None, default=argparse.SUPPRESS,
-                            metavar=meta["metavar"], help=text + shown)  # fmt: skip
+        text, choices = f.metadata["help"].replace("%", "%%"), f.metadata["choices"] or None
+        shared = {"default": argparse.SUPPRESS, "help": f"{text} (default {f.default})"}
+        if isinstance(f.default, bool):
+            shared |= {"action": "store_true", "help": f"{text} (default off)"}
+        else:
+            kind = type(f.default) if f.default is not None else get_args(f.type)[0]
+            shared |= {"type": kind, "choices": choices, "metavar": f.metadata["metavar"]}
+        parser.add_argument("--" + f.name.replace("_", "-"), **shared)
     return vars(parser.parse_args(arguments))
 
 
 def check(o: Options) -> None:
-    """Raises BadInput for options out of range or in conflict."""
+    """Raises InputError for options out of range or in conflict."""
     ranges = {
         "warmup": (0, 1), "ramp": (0, 1), "cap": (0, 1), "alpha": (0, 1), "dropout": (0, 0.99), "lr": (1e-8, 1),
         "stage1_steps": (1, 10**9), "stage2_steps": (1, 10**9), "batch_size": (1, 10**6), "eval_every": (1, 10**9),
         "width": (4, 10**5), "layers": (1, 1000), "heads": (1, 1000), "vocab_size": (300, 10**6), "seed": (0, 2**31),
-        "max_source": (16, 10**5), "max_target": (2, 10**5), "limit": (1, 10**9),
+        "max_source": (32, 10**5), "max_target": (2, 10**5), "limit": (1, 10**9),
     }  # fmt: skip
     for name, (low, high) in ranges.items():
         value = getattr(o, name)
-        if value is not None and not low <= value <= high:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}")
+        if value is not None and not low <= value <= high:  # not: nan is refused as well
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}")
     if o.warmup + o.ramp > 1:
-        raise BadInput(f"--warmup {o.warmup} and --ramp {o.ramp}: together they must not pass 1, the end of stage 2")
+        raise InputError(f"--warmup {o.warmup} and --ramp {o.ramp}: together they must not pass 1, the end of stage 2")
     if o.width % o.heads:
-        raise BadInput(f"--width {o.width}: must be a multiple of --heads {o.heads}")
-    if o.eval and o.ask:
-        raise BadInput("--eval and --ask: give one of them")
+        raise InputError(f"--width {o.width}: must be a multiple of --heads {o.heads}")
+    if o.eval and o.ask is not None:
+        raise InputError("--eval and --ask: give one of them")
+    if o.ask is not None and not o.ask.strip():
+        raise InputError("--ask: the text is empty; give the note in quotes")
     if o.data != "triage" and (o.rationales, o.stage1_rationales) != ("llm", "llm"):
-        raise BadInput("--rationales and --stage1-rationales choose among triage's sources; other data has one: leave them out")
+        raise InputError("--rationales and --stage1-rationales are for --data triage; other data has one source")
 
 
 def settle_options(given: dict) -> Options:
     """The options of this call: those given, or else those of the run in --out, or else the defaults."""
-    out = Path(given.get("out", Options.out))
-    if given.get("fresh") and out.exists():
-        aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.old{i}")).exists())
-        out.rename(aside)
-        print(f"--fresh: moved {out} to {aside}")
-    saved = {}
-    if (out / "config.json").exists():
+    out, saved = Path(given.get("out", Options.out)), {}
+    config = out / "config.json"
+    if config.exists() and not given.get("fresh"):
         try:
-            saved = json.loads((out / "config.json").read_text(encoding="utf-8"))["options"]
-        except (ValueError, KeyError, TypeError):
-            raise BadInput(f"{out / 'config.json'}: not a file of this program; give another --out") from None
-        saved = {f.name: saved[f.name] for f in fields(Options) if f.name in saved and f.name not in FREE}
-    for name in saved.keys() & given.keys():
+            saved = json.loads(config.read_text(encoding="utf-8"))["options"]
+            saved = {f.name: saved[f.name] for f in fields(Options) if f.name not in FREE}
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"{config}: not a file of this version of the program; give another --out") from None
+    for name in sorted(saved.keys() & given.keys()):
         if saved[name] != given[name]:
-            raise BadInput(f"--{name.replace('_', '-')} {given[name]}: {out} holds a run with {saved[name]}; give another --out, or --fresh")
+            was = f"--{name.replace('_', '-')} {given[name]}: the run in {out} has {saved[name]}"
+            raise InputError(f"{was}; give another --out, or --fresh to start over")
     options = Options(**{**saved, **given})
     check(options)
     return options
 
 
 def prepare(o: Options) -> Run:
-    """Data, tokenizer and untrained model of a run. Raises BadInput before anything is written."""
+    """Data, tokenizer and untrained model of a run. Raises InputError before anything is written."""
     out, device = Path(o.out), o.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device != "cpu" and not getattr(torch, device).is_available():
-        raise BadInput(f"--device {device}: this machine has none; use --device cpu")
+        raise InputError(f"--device {device}: this machine has none; use --device cpu")
     dataset = data.load_data(o.data, o.seed, o.limit, o.rationales, o.stage1_rationales)
     if o.method != "sft" and not any(e.rationale for e in dataset.train):
-        raise BadInput(f"{o.data}: no train example has a rationale; fill the column, or use --method sft")
-    if (out / "tokenizer.model").exists():
+        raise InputError(f"{o.data}: no train example has a rationale; fill the column, or use --method sft")
+    if (out / "tokenizer.model").exists() and not o.fresh:
         tokenizer = Tokenizer((out / "tokenizer.model").read_bytes())
     else:
         texts = [text for e in dataset.train + dataset.stage1_train for text in (e.question, e.label, e.rationale)]
-        heads = [EXPLAIN, PREDICT, *(EXPLAIN_GIVEN.format(label=label) for label in dataset.labels)]
-        tokenizer = Tokenizer.train(texts + heads, o.vocab_size)
-    for label in dataset.labels:
-        if tokenizer.decode(tokenizer.encode(label)) != label:
-            raise BadInput(f"{o.data}: the tokenizer cannot write the label '{label}' (it writes '{tokenizer.decode(tokenizer.encode(label))}'); rename it")
+        tokenizer = Tokenizer.train([EXPLAIN, PREDICT, EXPLAIN_GIVEN, *dataset.labels, *texts], o.vocab_size)
     prompts = Prompts(tokenizer, o.max_source, o.max_target)
-    config = ModelConfig(len(tokenizer), o.width, o.heads, o.width // o.heads, 4 * o.width, o.layers, o.layers, o.dropout)
+    for label in dataset.labels:
+        if tokenizer.decode(prompts.target(label)) != label:
+            raise InputError(f"{o.data}: the tokenizer cannot write the label {label!r}; rename it")
+        if len(prompts.ids(EXPLAIN_GIVEN.format(label=label))) > o.max_source // 2:
+            raise InputError(f"{o.data}: the label {label!r} fills half of a prompt; rename it or raise --max-source")
+    per_head, d_ff = o.width // o.heads, 4 * o.width
+    config = ModelConfig(len(tokenizer), o.width, o.heads, per_head, d_ff, o.layers, o.layers, o.dropout)
     torch.manual_seed(o.seed)
     return Run(o, dataset, tokenizer, prompts, Transformer(config).to(device), device)
+
+
+def describe(run: Run) -> None:
+    """What will be trained on what; how many questions are too long."""
+    o, d = run.options, run.data
+    size = sum(p.numel() for p in run.model.parameters())
+    splits = {"train": d.train, "val": d.val, "test": d.test}
+    counts = ", ".join(f"{len(split)} {name}" for name, split in splits.items())
+    print(f"{o.data}: {counts} examples, {len(d.labels)} labels; a model of {size:,} weights on {run.device}")
+    head = max((EXPLAIN_GIVEN.format(label=label) for label in d.labels), key=lambda text: len(run.prompts.ids(text)))
+    for name, split in splits.items():
+        room = o.max_source - len(run.prompts.ids(head)) - 1
+        if cut := sum(len(run.prompts.ids(e.question)) > room for e in split):
+            print(f"note: {cut} of {len(split)} {name} questions are cut at the end to fit --max-source {o.max_source}")
+        if cut := sum(len(run.prompts.ids(e.rationale)) >= o.max_target for e in split):
+            print(f"note: {cut} of {len(split)} {name} rationales are cut to fit --max-target {o.max_target}")
+
+
+def start(run: Run) -> None:
+    """Make the folder of the run and write what does not change: config.json and tokenizer.model."""
+    o, out = run.options, run.out
+    if o.fresh and out.exists():
+        aside = next(path for i in range(1, 10**6) if not (path := out.with_name(f"{out.name}.old{i}")).exists())
+        out.rename(aside)
+        print(f"--fresh: the old run is now in {aside}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_file(out / "tokenizer.model", run.tokenizer.model)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    versions["sentencepiece"] = sentencepiece.__version__
+    write_json(out / "config.json", {"options": asdict(o), "model": asdict(run.model.config), "versions": versions})
 
 
 def ask(run: Run, note: str) -> None:
     run.model.eval()
     label = predict_labels(run, [note])[0]
-    print(f"label      {label}\nrationale  {explain(run, [note], [label])[0] if run.options.method != 'sft' else '-'}")
+    print(f"label      {label}")
+    if run.options.method != "sft":
+        print(f"rationale  {explain(run, [note], [label])[0]}")
 
 
 def job(o: Options) -> None:
-    """What one command does: prepare, then ask, evaluate, or train and evaluate."""
+    """What one command does: ask, evaluate, or train and evaluate. Goes on where an earlier call was stopped."""
     out = Path(o.out)
+    if not (o.eval or o.ask or o.fresh) and o.stage == 2 and (out / "metrics.json").exists():
+        return print(f"{out} holds a finished run, see its metrics.json; --eval evaluates again, --fresh starts over")
     if (o.eval or o.ask) and not (out / "stage2.pt").exists():
-        raise BadInput(f"{out / 'stage2.pt'}: no such checkpoint; train first, or give the folder of a finished run to --out")
-    if not (o.eval or o.ask) and o.stage == 2 and (out / "metrics.json").exists():
-        return print(f"{out}: this run is finished, see {out / 'metrics.json'}; use --eval to evaluate again, --fresh to start over")
+        raise InputError(f"{out / 'stage2.pt'}: no such checkpoint; train first, or give a finished run to --out")
     run = prepare(o)
-    if o.ask:
+    if o.eval or o.ask:
         load_weights(run, 2)
-        return ask(run, o.ask)
-    if o.eval:
-        load_weights(run, 2)
-        return print_table(run, evaluate(run))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_file(out / "tokenizer.model", run.tokenizer.model)
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-        write_json(out / "config.json", {"options": asdict(o), "model": asdict(run.model.config), "versions": versions})
-    except OSError as e:
-        raise BadInput(f"{e.filename}: cannot be written ({e.strerror}); give another --out") from None
-    size = sum(p.numel() for p in run.model.parameters())
-    print(f"{o.data}: {len(run.data.train)} train, {len(run.data.val)} val, {len(run.data.test)} test; {size:,} weights; {run.device}")
-    longest = [len(run.prompts.ids(EXPLAIN_GIVEN.format(label=e.label)) + run.prompts.ids(e.question)) + 1 for split in (run.data.train, run.data.val, run.data.test) for e in split]
-    if cut := sum(n > o.max_source for n in longest):
-        print(f"note: {cut} of {len(longest)} questions are longer than --max-source {o.max_source} tokens and are cut at the end")
-    try:
-        last = out / "last.pt"
-        if o.method == "r2d" and not o.no_stage1 or o.stage == 1:
-            if (out / "stage1.pt").exists() and (not last.exists() or load_checkpoint(last, "cpu")["stage"] == 2):
-                load_weights(run, 1)
-            else:
-                train(run, 1)
-        if o.stage == 2:
-            train(run, 2)
-            print_table(run, evaluate(run))
-    except KeyboardInterrupt:
-        print(f"\nstopped; the state is saved. To go on: python r2d.py --out {out}", file=sys.stderr)
-        raise
+        return ask(run, o.ask) if o.ask else print_result(run, evaluate(run))
+    start(run)
+    describe(run)
+    if o.stage == 1 or (o.method == "r2d" and not o.no_stage1):
+        last = load_checkpoint(out / "last.pt", "cpu")["stage"] if (out / "last.pt").exists() else 2
+        if (out / "stage1.pt").exists() and last == 2:  # done here, or brought from another run
+            load_weights(run, 1)
+        else:
+            train(run, 1)
+    if o.stage == 2:
+        train(run, 2)
+        print_result(run, evaluate(run))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # Windows consoles; notes may hold any character
+    """The exit status: 0 done, 2 wrong options or bad input, 130 stopped by Ctrl-C."""
+    out = Options.out
     try:
-        job(settle_options(parse_options(arguments)))
-    except BadInput as e:
-        print(f"r2d.py: {e}".replace("\n", " "), file=sys.stderr)
+        given = parse_options(arguments)
+        out = given.get("out", out)
+        job(settle_options(given))
+    except InputError as e:
+        print(f"r2d.py: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f"r2d.py: {e.filename or out}: {e.strerror}; free some space or give another --out", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print(f"\nstopped; to go on where it was last saved: python r2d.py --out {out}", file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # a note may hold what a Windows console cannot show
     sys.exit(main())
