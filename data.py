@@ -196,10 +196,10 @@ def triage_tier(facts: set[str]) -> int:
 
 
 def write_note(rng: random.Random, heldout: bool) -> str:
-    """One simulated call. With `heldout`, a quarter of its phrasings and sentence frames are ones that train never has."""
+    """One simulated call. With `heldout`, a tenth of its phrasings and frames are ones that train never has."""
 
     def pick(options: list[str], unseen: list[str]) -> str:
-        return rng.choice(unseen if unseen and heldout and rng.random() < 0.25 else options)
+        return rng.choice(unseen if unseen and heldout and rng.random() < 0.1 else options)
 
     def say(fact: str) -> str:
         *options, unseen, _ = PHRASES[fact]
@@ -234,7 +234,7 @@ def write_note(rng: random.Random, heldout: bool) -> str:
     rest = [pick(["It is {}.", "Caller calls it {}."], ["Caller says it is {}."]).format(say(severity))]
     for flag in present:
         rest.append(pick(["Reports {}.", "Describes {}."], ["Caller reports {}."]).format(say(flag)))
-    for flag in rng.sample(absent, rng.random() < 0.5):
+    for flag in rng.sample(absent, rng.random() < 0.15):
         rest.append(pick(["Denies {}.", "Is free of {}."], ["Caller denies {}."]).format(say(flag)))
     if rng.random() < 0.3:
         rest.append(pick(["Mentions {}.", "Notes {}."], ["Caller notes {}."]).format(say(complaint.cue)))

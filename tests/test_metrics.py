@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+
 from metrics import (
     Reader,
     accuracy,
@@ -105,7 +106,7 @@ def test_tokenize_13a_table(text, tokens):
 
 def test_bleu_counts_by_hand():
     """Catches counts that are not clipped: `the` stands seven times in the hypothesis and twice in the reference."""
-    # Papineni's example. Unigrams: 2 of 7 (clipped), bigrams: `the the` is not in the reference: 0 of 6, 0 of 5, 0 of 4.
+    # Papineni's example. Unigrams: 2 of 7 (clipped), bigrams: `the the` is not in the reference, 0 of 6, and so on.
     counts = bleu_counts(["the"] * 7, "the cat is on the mat".split())
     assert counts.tolist() == [2, 0, 0, 0, 7, 6, 5, 4, 7, 6]
 
@@ -140,17 +141,23 @@ def test_corpus_bleu_pools_counts():
 
 @pytest.mark.parametrize(
     ("hypotheses", "references", "score"),
-    [([""], ["a b c d"], 0), (["a b c"], ["a b c"], 0), ([], [], 0), (["a b c d"], [""], 0), (["a b c d"] * 2, ["a b c d"] * 2, 100)],
-)  # fmt: skip
+    [
+        ([""], ["a b c d"], 0),
+        (["a b c d"], [""], 0),
+        ([], [], 0),
+        (["a b c"], ["a b c"], 0),
+        (["a b c d"] * 2, ["a b c d"] * 2, 100),
+    ],
+)
 def test_corpus_bleu_of_little_or_no_text(hypotheses, references, score):
     """Catches a division by zero; three words hold no 4-gram and score 0, as in sacreBLEU."""
     assert corpus_bleu(hypotheses, references) == pytest.approx(score)
 
 
 WORDS = (
-    "the a Go to ED now pain fever denies 3 3.5 1,000 1,000.50 24-hour 2-3 5. .5 , . ... !!! ?! (see) [x] {y} a/b don't "
-    "x-ray $5 50% #1 @home &amp; &quot;no&quot; &lt;b&gt; <skipped> é naïve 日本語 发烧。 حمى 🤒 ½ — “quoted” \u00a0 a\u2028b "
-    "wrap- tab\tbed _under_ ~ ` ^ | \\ * + = ; : co-operate- -lead 7-, 8.- 9,x x,9 x.9"
+    "the a Go to ED now pain fever denies 3 3.5 1,000 1,000.50 24-hour 2-3 5. .5 , . ... !!! ?! (see) [x] {y} a/b "
+    "don't x-ray $5 50% #1 @home &amp; &quot;no&quot; &lt;b&gt; <skipped> é naïve 日本語 发烧。 حمى 🤒 ½ — “quoted” "
+    "\u00a0 a\u2028b wrap- tab\tbed _under_ ~ ` ^ | \\ * + = ; : co-operate- -lead 7-, 8.- 9,x x,9 x.9"
 ).split(" ")
 
 

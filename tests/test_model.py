@@ -287,6 +287,17 @@ def test_dropout_acts_in_training_only():
     assert not model.nll(source, labels).equal(model.nll(source, labels))
 
 
+def test_dropout_stands_where_t5_has_it():
+    """Catches a forgotten dropout: 4 at the ends of the stacks, 3 in each encoder layer, 4 in each decoder layer."""
+    model, calls = tiny(dropout=0.5), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            assert module.p == 0.5
+            module.register_forward_hook(lambda *args: calls.append(1))
+    model(random_ids(2, 5), random_ids(2, 4, seed=1))
+    assert len(calls) == 4 + 2 * 3 + 2 * 4
+
+
 def test_attention_weights_are_dropped_in_training_only():
     """Catches an attention dropout that is never on, or that ignores eval mode."""
     torch.manual_seed(0)
