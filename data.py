@@ -109,9 +109,9 @@ severe / very strong / strong and severe / sev
 over a week / >1wk
 """
 DISTRACTORS = (
-    "Works night shifts / Has a dog / Moved house last month / Asks about opening hours / Had a flu shot last year / "
+    "Also works night shifts / Has a dog / Moved house last month / Asks about opening hours / Had a flu shot last year / "
     "Calls from the car / Lives with two flatmates / Has insurance through work / Wants a call back at noon / "
-    "Mentions a brother with diabetes / Plays chess / Came back from a holiday / Is between two jobs"
+    "Mentions a brother with diabetes / Also plays chess / Came back from a holiday / Is between two jobs"
 ).split(" / ")
 # What a rationale says to argue for each disposition, without naming it: LLM | nurse | the nurse's, post-processed.
 IMPLIED = [
@@ -136,8 +136,11 @@ def parse_table(table: str) -> list[list[list[str]]]:
     return [[field.split(" / ") for field in line.split(" | ")] for line in table.strip().split("\n")]
 
 
-PHRASES, RED_FLAGS, REASONS, TRIAGE = {}, {}, {}, {}
-LETTERS = {}
+PHRASES: dict[str, list[str]] = {}  # fact: its phrasings, the last but one held out, the last an abbreviation
+RED_FLAGS: dict[str, int] = {}  # red flag: its tier
+REASONS: dict[str, list[str]] = {}  # red flag: what it can mean, and that for short
+TRIAGE: dict[str, Complaint] = {}
+LETTERS: dict[str, str] = {}  # letter in the tables: finding
 for (first, *others), *reason in parse_table(FINDING_TABLE):
     letter, tier, name = first.split(" ", 2)
     PHRASES[name], LETTERS[letter] = [name, *others], name
@@ -233,11 +236,11 @@ def write_note(rng: random.Random, heldout: bool) -> str:
     severity = rng.choices(list(SEVERITY), [46, 36, 18])[0]
     rest = [pick(["It is {}.", "Caller calls it {}."], ["Caller says it is {}."]).format(say(severity))]
     for flag in present:
-        rest.append(pick(["Reports {}.", "Describes {}."], ["Caller reports {}."]).format(say(flag)))
+        rest.append(pick(["Reports {}.", "Describes {}."], ["Also reports {}."]).format(say(flag)))
     for flag in rng.sample(absent, rng.random() < 0.15):
-        rest.append(pick(["Denies {}.", "Is free of {}."], ["Caller denies {}."]).format(say(flag)))
+        rest.append(pick(["Denies {}.", "Is free of {}."], ["Also denies {}."]).format(say(flag)))
     if rng.random() < 0.3:
-        rest.append(pick(["Mentions {}.", "Notes {}."], ["Caller notes {}."]).format(say(complaint.cue)))
+        rest.append(pick(["Mentions {}.", "Notes {}."], ["Also notes {}."]).format(say(complaint.cue)))
     rest += [f"Background of {say(modifier)}." for modifier in modifiers if "age" not in modifier]
     rest += [f"{rng.choice(DISTRACTORS)}."] * rng.randint(0, 1)
     rng.shuffle(rest)
@@ -254,34 +257,34 @@ def write_rationale(facts: set[str], tier: int, source: str, rng: random.Random)
     say = {fact: row[-1] if source == "nurse" else row[0] for fact, row in PHRASES.items()}
     (name,) = facts & TRIAGE.keys()
     complaint = TRIAGE[name]
-    flag = max(facts & set(complaint.flags), key=RED_FLAGS.get, default=None)
+    flag = max((f for f in complaint.flags if f in facts), key=RED_FLAGS.get, default=None)
     denied = [f for f in complaint.flags if f"no {f}" in facts][:1]
     severity = next(fact for fact in SEVERITY if fact in facts)
     cue = flag is None and complaint.cue in facts
-    risk = [say[fact] for fact in MODIFIERS if fact in facts]
-    judgement = (tier > triage_tier(facts)) - (tier < triage_tier(facts))  # an override, and which way
+    risks = [say[fact] for fact in MODIFIERS if fact in facts]
+    override = (tier > triage_tier(facts)) - (tier < triage_tier(facts))  # the nurse went up (1) or down (-1)
     label, implied = DISPOSITIONS[tier], IMPLIED[tier].split(" | ")
     if source == "llm":
-        tail = ", and the caller denies " + denied[0] if denied else ""
-        steps = [f"The {ARTICLE.sub('', name)} is {severity}{' for over a week' * ('over a week' in facts)}{tail}"]
         if flag:
             steps = [f"{flag} can mean {REASONS[flag][0]}"]
-        steps += [f"{complaint.cue} is reassuring"] * cue + [f"{r} raises the risk" for r in risk]
-        steps += [f"clinical judgement is {'more' if judgement > 0 else 'less'} cautious here"] * (judgement != 0)
-        advice = f" with {complaint.advice}" * (tier == 0)
-        end = f"The safe choice is to {label}" if tier else f"The safe choice is {label}"
-        steps.append(end + advice if rng.random() < 0.75 else implied[0] + advice)
+        else:
+            long = " for over a week" if "over a week" in facts else ""
+            tail = f", and the caller denies {denied[0]}" if denied else ""
+            steps = [f"The {ARTICLE.sub('', name)} is {severity}{long}{tail}"]
+        steps += [f"{complaint.cue} is reassuring"] * cue + [f"{risk} raises the risk" for risk in risks]
+        steps += [f"clinical judgement is {'more' if override > 0 else 'less'} cautious here"] if override else []
+        end = implied[0] if rng.random() < 0.25 else f"The safe choice is {'to ' * (tier > 0)}{label}"
+        steps.append(end + f" with {complaint.advice}" * (tier == 0))
     else:
         nurse = source == "nurse"
-        reason = (
-            [f"r/o {REASONS[flag][1]}" if nurse else f"possible {ARTICLE.sub('', REASONS[flag][0])}"] if flag else []
-        )
         first = [say[name], say[severity]] + [say["over a week"]] * ("over a week" in facts)
-        steps = [", ".join(first + reason)]
-        steps += [say[flag]] if flag else []
-        steps += [f"denies {say[f]}" for f in denied] + [say[complaint.cue]] * cue + risk
-        steps += [f"{'up' if judgement > 0 else 'down'} one level{' per RN' if nurse else ' on judgement'}"] * (
-            judgement != 0
+        if flag:
+            short, reason = REASONS[flag][1], ARTICLE.sub("", REASONS[flag][0])
+            first.append(f"r/o {short}" if nurse else f"possible {reason}")
+        steps = [", ".join(first)] + ([say[flag]] if flag else [])
+        steps += [f"denies {say[f]}" for f in denied] + [say[complaint.cue]] * cue + risks
+        steps += [f"{'up' if override > 0 else 'down'} one level {'per RN' if nurse else 'on judgement'}"] * abs(
+            override
         )
         end = label if rng.random() < 0.4 else implied[1 if nurse else 2]
         if not nurse or rng.random() < 0.6 or argues_for(". ".join(steps)) != label:

@@ -69,9 +69,9 @@ class Options:
     out: str = option("out", "folder of the run", metavar="DIR")
     seed: int = option(0, "decides the data split, the weights, the order of examples and the coins")
     stage1_steps: int = option(600, "updates in stage 1")
-    stage2_steps: int = option(1500, "updates in stage 2")
+    stage2_steps: int = option(1200, "updates in stage 2")
     batch_size: int = option(32, "examples per update")
-    lr: float = option(1e-2, "peak learning rate of AdamW in both stages, after a warm-up over 10 % of the steps")
+    lr: float = option(2e-2, "peak learning rate of AdamW, relative to the size of each tensor; the first 10 % of each stage warm up")
     eval_every: int = option(100, "updates between two validations")
     width: int = option(128, "width of the model (d_model); feed-forward layers are 4 times as wide")
     layers: int = option(2, "layers of the encoder, and of the decoder")
@@ -274,10 +274,6 @@ def save_checkpoint(path: Path, content: dict) -> None:
     write_file(path, buffer.getvalue())
 
 
-def checkpoint(model: Transformer) -> dict:
-    return {"config": asdict(model.config), "weights": model.state_dict()}
-
-
 def load_checkpoint(path: Path, device: str) -> dict:
     """Raises InputError if the file is missing or damaged, or holds anything but tensors and plain values."""
     try:
@@ -348,17 +344,33 @@ def validate(run: Run, stage: int) -> tuple[float, dict[str, float]]:
     return -scores["val_loss"] if stage == 1 else scores["val_macro_f1"], scores
 
 
+def restore(run: Run, stage: int, optimizer: torch.optim.Optimizer, coin: torch.Generator) -> dict:
+    """What last.pt says of this stage, put back where it came from; the beginning of the stage if it says nothing."""
+    fresh = {"stage": stage, "step": 0, "best": -math.inf, "worse": 0, "log_size": 0}
+    if not (run.out / "last.pt").exists():
+        return fresh
+    state = load_checkpoint(run.out / "last.pt", "cpu")
+    if state["stage"] != stage:
+        return fresh | {"log_size": state["log_size"]}
+    print(f"stage {stage}: goes on at step {state['step']}", flush=True)
+    run.model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    coin.set_state(state["coin"])
+    return state
+
+
 def train(run: Run, stage: int) -> None:
     """One stage: from the weights in `run.model` to the best checkpoint of the stage, on disk and in `run.model`.
 
-    Continues from last.pt if that was saved in this stage. Best means the lowest validation loss in stage 1, and in
-    stage 2 the highest validation macro-F1 among the checkpoints after the ramp, for every method alike: the paper's
-    code may keep one from before any predicted label was seen.
+    Best means the lowest validation loss in stage 1. In stage 2 it means the highest validation macro-F1 after the ramp,
+    for every method alike: the paper's code may keep a checkpoint from before any predicted label was seen. Early
+    stopping counts from there as well.
     """
-    o, model, last = run.options, run.model, run.out / "last.pt"
-    steps, patience, armed = (
-        (o.stage1_steps, 3, 0) if stage == 1 else (o.stage2_steps, 5, (o.warmup + o.ramp) * o.stage2_steps)
-    )
+    o, model = run.options, run.model
+    steps, patience, armed = o.stage1_steps, 3, 0
+    if stage == 2:
+        steps, patience, armed = o.stage2_steps, 5, (o.warmup + o.ramp) * o.stage2_steps
     examples = run.data.stage1_train if stage == 1 else run.data.train
     lengths = [len(run.prompts.source(EXPLAIN, e.question)) for e in examples]
     # The rate of each tensor is --lr times the size (RMS) of its weights, as in T5's own optimiser (Adafactor,
@@ -367,20 +379,13 @@ def train(run: Run, stage: int) -> None:
     optimizer = torch.optim.AdamW(tensors, weight_decay=0.0, fused=True)
     torch.manual_seed(1000 * o.seed + stage)  # dropout
     coin = torch.Generator().manual_seed(1000 * o.seed + stage)
-    start, best, worse = 0, -math.inf, 0
-    state = load_checkpoint(last, "cpu") if last.exists() else {"stage": 0, "log_size": 0}
-    if state["stage"] == stage:
-        start, best, worse = state["step"], state["best"], state["worse"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        coin.set_state(state["coin"])
-        print(f"stage {stage}: goes on at step {start} of {steps}")
+    state = restore(run, stage, optimizer, coin)
+    start, best, worse = state["step"], state["best"], state["worse"]
     model.train()
     pause = 0.5 if sys.stderr.isatty() else 20  # seconds between two pictures of the bar
     bar = tqdm(range(start, steps), f"stage {stage}", steps, initial=start, mininterval=pause)
     with bar, finish_the_step() as asked, open(run.out / "log.jsonl", "ab") as log:
-        log.truncate(state["log_size"])  # lines written after the state was saved will be written again, the same
+        log.truncate(min(state["log_size"], log.tell()))  # what was logged after the last save is logged again
         for step in bar:
             epoch, place = divmod(step, max(len(examples) // o.batch_size, 1))
             if place == 0 or step == start:
@@ -397,25 +402,26 @@ def train(run: Run, stage: int) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["size"]
             optimizer.step()
-            speed = round(run.tokens / (time.perf_counter() - began))
             line = {"stage": stage, "step": step, "loss": loss.item(), **parts, "lr": lr, "grad_norm": grad_norm}
-            line["tokens_per_second"] = speed
+            line["tokens_per_second"] = round(run.tokens / (time.perf_counter() - began))
             bar.set_postfix({"loss": f"{line['loss']:.3f}", "P(predicted)": f"{line.get('p_predicted', 0):.2f}"}, False)
             done = step + 1
-            if done % o.eval_every == 0 or done == steps:
+            check = done % o.eval_every == 0 or done == steps
+            if check:
                 score, scores = validate(run, stage)
                 line |= scores
                 if done >= armed:
                     worse = 0 if score > best else worse + 1
                     if score > best:
                         best = score
-                        save_checkpoint(run.out / f"stage{stage}.pt", {"step": done, **checkpoint(model)})
+                        content = {"config": asdict(model.config), "weights": model.state_dict(), "step": done}
+                        save_checkpoint(run.out / f"stage{stage}.pt", content)
             log.write((json.dumps(line) + "\n").encode())
-            if asked or worse >= patience or done % o.eval_every == 0 or done == steps:
+            if check or asked:
                 log.flush()
                 state = {"stage": stage, "step": steps if worse >= patience else done, "best": best, "worse": worse}
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log_size": log.tell()}
-                save_checkpoint(last, state | {"rng": torch.get_rng_state(), "coin": coin.get_state()})
+                save_checkpoint(run.out / "last.pt", state | {"rng": torch.get_rng_state(), "coin": coin.get_state()})
             if asked:
                 raise KeyboardInterrupt
             if worse >= patience:
@@ -636,8 +642,8 @@ def check(o: Options) -> None:
         raise InputError(f"--warmup {o.warmup} and --ramp {o.ramp}: together they must not pass 1, the end of stage 2")
     if o.width % o.heads:
         raise InputError(f"--width {o.width}: must be a multiple of --heads {o.heads}")
-    if o.eval and o.ask is not None:
-        raise InputError("--eval and --ask: give one of them")
+    if o.eval + o.fresh + (o.ask is not None) > 1:
+        raise InputError("--eval, --ask and --fresh: give one of them")
     if o.ask is not None and not o.ask.strip():
         raise InputError("--ask: the text is empty; give the note in quotes")
     if o.data != "triage" and (o.rationales, o.stage1_rationales) != ("llm", "llm"):

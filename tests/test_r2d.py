@@ -337,6 +337,7 @@ def test_selection_takes_no_checkpoint_from_before_the_end_of_the_ramp(finished:
         ("--warmup 0.6 --ramp 0.6", "--ramp"),
         ("--width 30 --heads 4", "--heads"),
         ("--eval --ask x", "--ask"),
+        ("--eval --fresh", "--fresh"),
         ("--data missing.jsonl", "missing.jsonl"),
         ("--data missing.jsonl --rationales nurse", "--rationales"),
         ("--eval", "stage2.pt"),
