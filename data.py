@@ -79,7 +79,7 @@ a headache / an aching head / a head that is aching / HA | fluids and a dark roo
 abdominal pain / belly pain / pain in the belly / abd pain | small meals and rest | D H K M T
 a fever / a high temperature / a temperature that is high / febrile | fluids and light clothing | E G N P S
 a cough / a lingering cough / a cough that is lingering / cough sx | honey and warm drinks | C I N P S
-shortness of breath / trouble breathing / breath that is short / SOB | an inhaler as prescribed | C F I R V
+shortness of breath / trouble breathing / trouble and shortness of breath / SOB | an inhaler as prescribed | C F I R V
 dizziness / a dizzy spell / a spell of dizziness / dizzy | standing up slowly | B D H O U
 vomiting / throwing up / repeated vomiting / emesis | small sips of fluids | D H K R S
 back pain / an aching back / pain in the back / LBP | heat and gentle walking | A D H M T
@@ -90,7 +90,7 @@ a sore throat / a painful throat / a throat that is sore / ST | warm salt water 
 an eye problem / an irritated eye / an eye that is irritated / eye c/o | lubricating drops | B G O Q V
 leg pain / a painful leg / pain in the leg / leg pn | raising the leg | C I Q R T
 a urinary problem / trouble passing urine / a problem passing urine / GU c/o | plenty of water | D J K M S
-diarrhea / loose stools / stools that are loose / loose BM | fluids with salt and sugar | D H K R S
+diarrhea / loose stools / stools being loose / loose BM | fluids with salt and sugar | D H K R S
 a wound / a cut in the skin / a wound in the skin / lac | soap and a clean bandage | D E J Q T
 soreness from a fall / aches from a fall / soreness and aches from a fall / GLF | ice and rest | B E J O T
 an allergic reaction / an allergy / a reaction of allergy / allergic rxn | an antihistamine | C F J R U
@@ -100,7 +100,7 @@ anxiety / an anxious feeling / a feeling of anxiety / anx | slow breathing and a
 OTHER_FACTS = """
 older age / elderly
 very young age / infant
-a current pregnancy / expecting a baby / a baby expected and a current pregnancy / preg
+a current pregnancy / expecting a baby / a pregnancy and expecting a baby / preg
 a weak immune system / chemotherapy / a weak immune system from chemotherapy / immunosupp
 a blood thinner / warfarin tablets / blood thinner tablets / on AC
 mild / slight / slight and mild / mild
@@ -234,7 +234,7 @@ def write_note(rng: random.Random, heldout: bool) -> str:
     present = {rng.choices(complaint.flags, tiers)[0]: None for _ in range(rng.choices([0, 1, 2], [48, 40, 12])[0])}
     absent = [flag for flag in complaint.flags if flag not in present]
     severity = rng.choices(list(SEVERITY), [46, 36, 18])[0]
-    rest = [pick(["It is {}.", "Caller calls it {}."], ["Caller says it is {}."]).format(say(severity))]
+    rest = [pick(["It is {}.", "Caller calls it {}."], ["Calls it {}."]).format(say(severity))]
     for flag in present:
         rest.append(pick(["Reports {}.", "Describes {}."], ["Also reports {}."]).format(say(flag)))
     for flag in rng.sample(absent, rng.random() < 0.15):
@@ -351,6 +351,8 @@ def make_example(record: object, where: str) -> Example:
         if not isinstance(record[column], str):
             kind = type(record[column]).__name__
             raise InputError(f"{where}: '{column}' must be text, found {kind}; write it in quotes")
+        if any("\ud800" <= char <= "\udfff" for char in record[column]):
+            raise InputError(f"{where}: '{column}' holds half a character (a lone surrogate); delete it")
         if column != "rationale" and not record[column].strip():
             raise InputError(f"{where}: '{column}' is empty; fill it in or delete the record")
     return Example(*(record[column].strip() for column in COLUMNS))
@@ -414,15 +416,21 @@ def parse_json(text: str, where: str) -> object:
 
     try:
         return json.loads(text, object_pairs_hook=unique)
+    except InputError:
+        raise
     except json.JSONDecodeError as e:
-        raise InputError(f"{where}: not valid JSON ({e.msg} at column {e.colno}); mend or delete it") from None
-    except RecursionError:
-        raise InputError(f"{where}: JSON nested too deeply; each record needs {', '.join(COLUMNS)}") from None
+        place = f"line {e.lineno}, column {e.colno}" if "\n" in text else f"column {e.colno}"
+        raise InputError(f"{where}: not valid JSON ({e.msg} at {place}); mend or delete it") from None
+    except (RecursionError, ValueError):  # nested too deeply, or a number too long to read
+        raise InputError(f"{where}: JSON nested too deeply, or a number too long; mend or delete the record") from None
 
 
 def read_csv(text: str, path: Path) -> list[Example]:
+    csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        if len(set(reader.fieldnames or [])) < len(reader.fieldnames or []):
+            raise InputError(f"{path}: line 1: a column occurs twice; delete or rename one of them")
         missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
         if missing:
             raise InputError(
@@ -530,11 +538,11 @@ class Tokenizer:
         SentencePiece once dropped the E of "go to ED now". Text is kept as it is (no Unicode normalisation).
         """
         counts = Counter("".join(texts))
-        kept = sum(n for _, n in counts.most_common(vocab_size // 4))
+        rare = dict.fromkeys((ord(char) for char, _ in counts.most_common()[vocab_size // 4 :]), " ")
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            hard_vocab_limit=False, byte_fallback=True, character_coverage=kept / max(counts.total(), 1),
+            sentence_iterator=iter([text.translate(rare) for text in texts]), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0,
             max_sentence_length=10**6, normalization_rule_name="identity", remove_extra_whitespaces=False,
             pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
         )  # fmt: skip
@@ -566,7 +574,6 @@ class Prompts:
     def __init__(self, tokenizer: Tokenizer, max_source: int, max_target: int):
         self.tokenizer, self.max_source, self.max_target = tokenizer, max_source, max_target
         self.cache: dict[str, list[int]] = {}
-        self.cut = 0  # texts that were cut
 
     def ids(self, text: str) -> list[int]:
         if text not in self.cache:
@@ -595,12 +602,12 @@ def batch_order(lengths: list[int], batch_size: int, seed: int, epoch: int) -> l
     """The batches of one epoch, as lists of example numbers; a function of its arguments alone, so a run can resume.
 
     Shuffled, then sorted by length within pools of 16 batches: neighbours of one length waste little padding, while
-    which examples meet still changes from epoch to epoch. The last incomplete batch is left out, if there is another.
+    which examples meet still changes from epoch to epoch. What does not fill the last batch is left out, at random.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
+    order = order[: max(len(order) // batch_size, 1) * batch_size]  # before sorting: else the longest are never seen
     pool = 16 * batch_size
     order = np.concatenate([sorted(order[i : i + pool], key=lengths.__getitem__) for i in range(0, len(order), pool)])
     batches = [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
-    batches = [batch for batch in batches if len(batch) == batch_size] or batches
     return [batches[i] for i in rng.permutation(len(batches))]

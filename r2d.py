@@ -71,7 +71,7 @@ class Options:
     stage1_steps: int = option(600, "updates in stage 1")
     stage2_steps: int = option(1200, "updates in stage 2")
     batch_size: int = option(32, "examples per update")
-    lr: float = option(2e-2, "peak learning rate of AdamW, relative to the size of each tensor; the first 10 % of each stage warm up")
+    lr: float = option(2e-2, "peak learning rate of AdamW, relative to the size of each tensor")
     eval_every: int = option(100, "updates between two validations")
     width: int = option(128, "width of the model (d_model); feed-forward layers are 4 times as wide")
     layers: int = option(2, "layers of the encoder, and of the decoder")
@@ -363,8 +363,8 @@ def restore(run: Run, stage: int, optimizer: torch.optim.Optimizer, coin: torch.
 def train(run: Run, stage: int) -> None:
     """One stage: from the weights in `run.model` to the best checkpoint of the stage, on disk and in `run.model`.
 
-    Best means the lowest validation loss in stage 1. In stage 2 it means the highest validation macro-F1 after the ramp,
-    for every method alike: the paper's code may keep a checkpoint from before any predicted label was seen. Early
+    Best means the lowest validation loss in stage 1, and in stage 2 the highest validation macro-F1 after the ramp, for
+    every method alike: the paper's code may keep a checkpoint from before any predicted label was seen. Early
     stopping counts from there as well.
     """
     o, model = run.options, run.model
@@ -631,7 +631,7 @@ def check(o: Options) -> None:
     ranges = {
         "warmup": (0, 1), "ramp": (0, 1), "cap": (0, 1), "alpha": (0, 1), "dropout": (0, 0.99), "lr": (1e-8, 1),
         "stage1_steps": (1, 10**9), "stage2_steps": (1, 10**9), "batch_size": (1, 10**6), "eval_every": (1, 10**9),
-        "width": (4, 10**5), "layers": (1, 1000), "heads": (1, 1000), "vocab_size": (300, 10**6), "seed": (0, 2**31),
+        "width": (4, 10**5), "layers": (1, 1000), "heads": (1, 1000), "vocab_size": (400, 10**6), "seed": (0, 2**31),
         "max_source": (32, 10**5), "max_target": (2, 10**5), "limit": (1, 10**9),
     }  # fmt: skip
     for name, (low, high) in ranges.items():

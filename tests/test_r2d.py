@@ -213,8 +213,14 @@ def test_a_run_leaves_every_file_of_the_contract(finished: Path) -> None:
     """Catches a file or a key that was renamed or forgotten."""
     assert {path.name for path in finished.iterdir()} == FILES
     result = json.loads((finished / "metrics.json").read_text(encoding="utf-8"))
-    assert {"accuracy", "macro_f1", "per_class", "invalid", "ceiling_accuracy", "ceiling_macro_f1"} <= set(result["label"])
-    assert {"gold", "predicted", "flipped", "predicted_wrong"} >= set(result["rationale"]) >= {"gold", "predicted", "flipped"}
+    assert {"accuracy", "macro_f1", "per_class", "invalid", "ceiling_accuracy", "ceiling_macro_f1"} <= set(
+        result["label"]
+    )
+    assert (
+        {"gold", "predicted", "flipped", "predicted_wrong"}
+        >= set(result["rationale"])
+        >= {"gold", "predicted", "flipped"}
+    )
     keys = {"n", "bleu", "sentence_bleu", "bertscore_f1", "nll", "argues_given", "argues_gold", "grounded"}
     assert all(keys <= set(scores) for scores in result["rationale"].values())
     assert {"bleu_gap", "nll_gap", "following"} <= set(result["exposure"])
@@ -359,7 +365,10 @@ def test_wrong_options_end_in_one_line_and_status_2(arguments: str, named: str, 
         ('{"question": "a", "label": "x"}\n', "rationale"),
         ('{"question": "a", "label": 3, "rationale": "r"}\n', "label"),
         ('{"question": "a", "label": "x", "rationale": "r"}\n', "empty"),
-        ("".join(f'{{"question": "q{i}", "label": "{"ab"[i % 2]}", "rationale": ""}}\n' for i in range(20)), "rationale"),
+        (
+            "".join(f'{{"question": "q{i}", "label": "{"ab"[i % 2]}", "rationale": ""}}\n' for i in range(20)),
+            "rationale",
+        ),
         ("".join(f'{{"question": "q{i}", "label": "a", "rationale": "r"}}\n' for i in range(20)), "label"),
     ],
 )
@@ -412,7 +421,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_pa
 
 def test_long_questions_are_cut_counted_and_reported_and_the_label_is_kept(tmp_path: Path, capsys) -> None:
     """Catches a cut that takes the label, or that nobody hears of."""
-    rows = [{"question": f"q{i} " + "long words " * 400, "label": "ab"[i % 2], "rationale": "because"} for i in range(20)]
+    rows = [
+        {"question": f"q{i} " + "long words " * 400, "label": "ab"[i % 2], "rationale": "because"} for i in range(20)
+    ]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert run(tmp_path / "run", "--data", str(tmp_path / "d.jsonl"), "--max-source", "64") == 0
     assert "16 of 16 train questions are cut" in capsys.readouterr().out
