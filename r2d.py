@@ -10,6 +10,7 @@ evaluation under the gold, the predicted and a flipped label, and the command li
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -68,8 +69,8 @@ class Options:
     stage1_rationales: str = option("llm", "whose rationales stage 1 learns (triage only)", ("llm", "nurse", "post"))
     out: str = option("out", "folder of the run", metavar="DIR")
     seed: int = option(0, "decides the data split, the weights, the order of examples and the coins")
-    stage1_steps: int = option(600, "updates in stage 1")
-    stage2_steps: int = option(1200, "updates in stage 2")
+    stage1_steps: int | None = option(None, "updates in stage 1; default 600, or 20 epochs if that is less")
+    stage2_steps: int | None = option(None, "updates in stage 2; default 1200, or 20 epochs if that is less")
     batch_size: int = option(32, "examples per update")
     lr: float = option(2e-2, "peak learning rate of AdamW, relative to the size of each tensor")
     eval_every: int = option(100, "updates between two validations")
@@ -616,7 +617,8 @@ def parse_options(arguments: list[str] | None) -> dict:
     parser = Parser("r2d.py", description=__doc__, formatter_class=style, allow_abbrev=False)
     for f in fields(Options):
         text, choices = f.metadata["help"].replace("%", "%%"), f.metadata["choices"] or None
-        shared = {"default": argparse.SUPPRESS, "help": f"{text} (default {f.default})"}
+        shown = f" (default {f.default})" if f.default is not None else ""  # None: the text says it
+        shared = {"default": argparse.SUPPRESS, "help": text + shown}
         if isinstance(f.default, bool):
             shared |= {"action": "store_true", "help": f"{text} (default off)"}
         else:
@@ -679,6 +681,9 @@ def prepare(o: Options) -> Run:
     dataset = data.load_data(o.data, o.seed, o.limit, o.rationales, o.stage1_rationales)
     if o.method != "sft" and not any(e.rationale for e in dataset.train):
         raise InputError(f"{o.data}: no train example has a rationale; fill the column, or use --method sft")
+    epoch = max(len(dataset.train) // o.batch_size, 1)
+    steps = (o.stage1_steps or min(600, 20 * epoch), o.stage2_steps or min(1200, 20 * epoch))
+    o = dataclasses.replace(o, stage1_steps=steps[0], stage2_steps=steps[1])
     if (out / "tokenizer.model").exists() and not o.fresh:
         tokenizer = Tokenizer((out / "tokenizer.model").read_bytes())
     else:
