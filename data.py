@@ -122,7 +122,7 @@ IMPLIED = [
     "An ambulance is needed at once | EMS | An ambulance was sent",
 ]
 TRIAGE_SIZES = {"train": 20000, "val": 500, "test": 1000}
-AGE_LIMIT, LONG_DAYS, OVERRIDE_RATE = 75, 7, 0.04  # years from which age matters; days after which duration matters
+AGE_LIMIT, LONG_DAYS, OVERRIDE_RATE = 75, 7, 0.02  # years from which age matters; days after which duration matters
 
 
 class Complaint(NamedTuple):

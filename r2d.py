@@ -73,7 +73,7 @@ class Options:
     stage2_steps: int | None = option(None, "updates in stage 2; default 1200, or 20 epochs if that is less")
     batch_size: int = option(32, "examples per update")
     lr: float = option(2e-2, "peak learning rate of AdamW, relative to the size of each tensor")
-    eval_every: int = option(100, "updates between two validations")
+    eval_every: int = option(150, "updates between two validations")
     width: int = option(128, "width of the model (d_model); feed-forward layers are 4 times as wide")
     layers: int = option(2, "layers of the encoder, and of the decoder")
     heads: int = option(4, "attention heads")

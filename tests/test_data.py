@@ -163,12 +163,12 @@ def test_the_rule_on_the_text_gives_the_ceiling():
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_override_rate_is_four_percent(split):
-    """Catches overrides that never happen, always happen, or change nothing: 4 % within 5 sigma, one level each."""
+    """Catches overrides that never happen, always happen, or change nothing: 2 % within 5 sigma, one level each."""
     examples = getattr(triage(), split)
     rule = [triage_tier(read_facts(e.question)) for e in examples]
     steps = [abs(DISPOSITIONS.index(e.label) - tier) for e, tier in zip(examples, rule, strict=True)]
     assert set(steps) == {0, 1}
-    assert sum(steps) / len(steps) == pytest.approx(0.04, abs=5 * (0.04 * 0.96 / len(steps)) ** 0.5)
+    assert sum(steps) / len(steps) == pytest.approx(0.02, abs=5 * (0.02 * 0.98 / len(steps)) ** 0.5)
 
 
 def test_labels_are_imbalanced_but_all_there():
