@@ -458,19 +458,18 @@ def read_file(path: Path) -> tuple[list[Example], list[str] | None]:
         raise InputError(f"{path}: the file is empty; it needs records with {', '.join(COLUMNS)}")
     if text.lstrip()[0] not in "{[":
         return read_csv(text, path), None
-    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    first = lines[0][1].strip()
-    if first.startswith("{") and first.endswith("}") and (len(lines) > 1 or path.suffix == ".jsonl"):
-        return [make_example(parse_json(line, f"{path}: line {i}"), f"{path}: line {i}") for i, line in lines], None
-    whole = parse_json(text, str(path)) if path.suffix != ".jsonl" else parse_json(first, f"{path}: line {lines[0][0]}")
+    lines = [(f"{path}: line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    where, first = lines[0]
+    if len(lines) > 1 and first.strip()[0] == "{" and first.strip()[-1] == "}":
+        return [make_example(parse_json(line, where), where) for where, line in lines], None
+    whole = parse_json(text, where if len(lines) == 1 else str(path))
     if isinstance(whole, dict) and "questions" in whole:
         return read_bioasq(whole["questions"], path), None
     if isinstance(whole, dict) and whole and all(isinstance(record, dict) for record in whole.values()):
         return [pubmedqa_record(record, f"{path}: id {key}") for key, record in whole.items()], list(whole)
-    return [
-        make_example(record, f"{path}: record {i}")
-        for i, record in enumerate(whole if isinstance(whole, list) else [whole], 1)
-    ], None
+    if isinstance(whole, list):
+        return [make_example(record, f"{path}: record {i}") for i, record in enumerate(whole, 1)], None
+    return [make_example(whole, where)], None
 
 
 def read_splits(path: Path, seed: int) -> list[list[Example]]:

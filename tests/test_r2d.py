@@ -117,8 +117,8 @@ def test_p_one_puts_the_models_labels_into_every_prompt(tmp_path: Path, monkeypa
     wrong = r2d.flipped_labels(examples, one.data.labels, 0)
     monkeypatch.setattr(r2d, "predict_labels", lambda run, questions: wrong[: len(questions)])
     coin = torch.Generator().manual_seed(0)
-    assert r2d.labels_in_prompts(one, examples, 1.0, coin) == (wrong, 16)
-    assert r2d.labels_in_prompts(one, examples, 0.0, coin) == ([e.label for e in examples], 0)
+    assert r2d.labels_in_prompts(one, examples, 1.0, coin) == (wrong, 16, 0)
+    assert r2d.labels_in_prompts(one, examples, 0.0, coin) == ([e.label for e in examples], 0, 0)
 
 
 def test_invalid_labels_never_enter_a_training_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_invalid_labels_never_enter_a_training_prompt(tmp_path: Path, monkeypatc
     one = tiny_run(tmp_path)
     examples = one.data.train[:8]
     monkeypatch.setattr(r2d, "predict_labels", lambda run, questions: ["nonsense"] * len(questions))
-    assert r2d.labels_in_prompts(one, examples, 1.0, torch.Generator()) == ([e.label for e in examples], 0)
+    assert r2d.labels_in_prompts(one, examples, 1.0, torch.Generator()) == ([e.label for e in examples], 0, 8)
 
 
 def test_only_the_labels_that_are_used_are_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
