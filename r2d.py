@@ -45,26 +45,20 @@ def option(default: object, help: str, choices: tuple = (), metavar: str | None 
     return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
 
 
+SCHEDULES = ("linear", "exponential", "inverse-sigmoid", "none")
+
+
 @dataclass(frozen=True)
 class Options:
-    stage: int = option(
-        2, "1: rationale pre-training only; 2: stage 1 if its checkpoint is missing, then the rest", (1, 2)
-    )
-    method: str = option(
-        "r2d", "r2d: the paper; sft: label only; dss: label and rationale side by side", ("r2d", "sft", "dss")
-    )
+    stage: int = option(2, "1: rationale pre-training only; 2: the rest, after stage 1 if that is missing", (1, 2))
+    method: str = option("r2d", "the paper's; sft: label only; dss: label and rationale apart", ("r2d", "sft", "dss"))
     no_stage1: bool = option(False, "ablation: start stage 2 from random weights")
-    schedule: str = option(
-        "linear", "how P(predicted label in the prompt) rises; none: gold labels only",
-        ("linear", "exponential", "inverse-sigmoid", "none"),
-    )  # fmt: skip
+    schedule: str = option("linear", "how P(predicted label in the prompt) rises; none: gold labels only", SCHEDULES)
     warmup: float = option(0.05, "share of stage 2 in which P(predicted) is 0 and alpha rises from 0")
     ramp: float = option(0.6, "share of stage 2 in which P(predicted) then rises to the cap")
     cap: float = option(0.9, "P(predicted) after the ramp, 0 to 1")
     alpha: float = option(0.7, "weight of the label loss, 0 to 1; the rationale loss has 1 - alpha")
-    data: str = option(
-        "triage", "triage (simulated), a .jsonl, .csv or .json file, or a folder", metavar="triage|FILE|DIR"
-    )
+    data: str = option("triage", "triage (simulated), a .jsonl, .csv or .json file, or a folder", metavar="DATA")
     rationales: str = option("llm", "whose rationales stage 2 learns (triage only)", ("llm", "nurse", "post"))
     stage1_rationales: str = option("llm", "whose rationales stage 1 learns (triage only)", ("llm", "nurse", "post"))
     out: str = option("out", "folder of the run", metavar="DIR")
@@ -81,14 +75,10 @@ class Options:
     vocab_size: int = option(1536, "pieces of the tokenizer")
     max_source: int = option(256, "longest prompt in tokens; longer questions are cut and counted")
     max_target: int = option(128, "longest rationale in tokens")
-    limit: int | None = option(
-        None, "use at most N examples of each split (for trying things); default all", metavar="N"
-    )
+    limit: int | None = option(None, "use at most N examples of each split, for trying; default all", metavar="N")
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
     eval: bool = option(False, "evaluate the checkpoint in --out, without training")
-    ask: str | None = option(
-        None, "predict and explain one note with the checkpoint in --out; default none", metavar="TEXT"
-    )
+    ask: str | None = option(None, "judge one note with the checkpoint in --out; default no note", metavar="TEXT")
     fresh: bool = option(False, "start over: move what is in --out aside first")
 
 
@@ -279,22 +269,17 @@ def load_checkpoint(path: Path, device: str) -> dict:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such checkpoint; train first, or give the folder of a finished run to --out"
-        ) from None
+        raise InputError(f"{path}: no such checkpoint; train first, or give a finished run to --out") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as e:
-        raise InputError(
-            f"{path}: not a checkpoint of this program ({type(e).__name__}); delete it or use --fresh"
-        ) from None
+        raise InputError(f"{path}: not a checkpoint ({type(e).__name__}); delete it, or use --fresh") from None
 
 
 def load_weights(run: Run, stage: int) -> None:
     """The best weights of a stage, from stage1.pt or stage2.pt."""
-    checkpoint = load_checkpoint(run.out / f"stage{stage}.pt", run.device)
-    if checkpoint["config"] != asdict(run.model.config):
-        raise InputError(
-            f"{run.out / f'stage{stage}.pt'}: the checkpoint has another shape than the options; use --fresh"
-        )
+    path = run.out / f"stage{stage}.pt"
+    checkpoint = load_checkpoint(path, run.device)
+    if checkpoint.get("config") != asdict(run.model.config):
+        raise InputError(f"{path}: the checkpoint has another shape than the options say; use --fresh")
     run.model.load_state_dict(checkpoint["weights"])
 
 
@@ -406,16 +391,9 @@ def train(run: Run, stage: int) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["size"]
             optimizer.step()
-            line = {
-                "stage": stage,
-                "step": step,
-                "loss": loss.item(),
-                **LOGGED,
-                **parts,
-                "lr": lr,
-                "grad_norm": grad_norm,
-            }
-            line["tokens_per_second"] = round(run.tokens / (time.perf_counter() - began))
+            line = {"stage": stage, "step": step, "loss": loss.item(), **LOGGED, **parts, "lr": lr}
+            speed = run.tokens / (time.perf_counter() - began)
+            line |= {"grad_norm": grad_norm, "tokens_per_second": round(speed)}
             bar.set_postfix({"loss": f"{line['loss']:.3f}", "P(predicted)": f"{line['p_predicted']:.2f}"}, False)
             done = step + 1
             check = done % o.eval_every == 0 or done == steps
@@ -567,16 +545,12 @@ def table(result: dict) -> str:
         return f"{scores[key]:.{digits}f} +-{(high - low) / 2:.{digits}f}".rjust(14) if key in scores else "-".rjust(14)
 
     label = result["label"]
-    lines = [
-        f"{result['method']} on {result['data']}, seed {result['seed']}, {label['n']} test examples, scores 0-100",
-        "",
-    ]
+    run = f"{result['method']} on {result['data']}, seed {result['seed']}"
+    lines = [f"{run}, {label['n']} test examples, scores 0-100", ""]
     lines += [f"{'label':18}{'accuracy':>14}{'macro-F1':>14}{'no label':>14}"]
     lines += [f"{'  model':18}" + "".join(cell(label, key) for key in ("accuracy", "macro_f1", "invalid"))]
-    for name, what in (
-        ("majority", "always the most frequent label"),
-        ("ceiling", "the best that any model can reach"),
-    ):
+    baselines = {"majority": "always the most frequent label", "ceiling": "the best that any model can reach"}
+    for name, what in baselines.items():
         if f"{name}_accuracy" in label:
             numbers = "".join(f"{label[f'{name}_{key}']:.1f}     ".rjust(14) for key in ("accuracy", "macro_f1"))
             lines += [f"  {name:16}{numbers}  {what}"]
@@ -590,10 +564,8 @@ def table(result: dict) -> str:
         lines += [f"  {name.replace('_', ', '):16}{row}{scores['n']:6}"]
     if "exposure" in result:
         gap = result["exposure"]
-        lines += [
-            "",
-            f"exposure bias (gold minus predicted): BLEU {gap['bleu_gap']:.1f}, nll {gap['nll_gap']:.3f} nats",
-        ]
+        gaps = f"BLEU {gap['bleu_gap']:.1f}, nll {gap['nll_gap']:.3f} nats"
+        lines += ["", f"exposure bias (gold minus predicted): {gaps}"]
         lines += [f"follows a wrong label in the prompt: {gap['following']:.1f}"]
     own = ("consistency", "sufficiency", "gold_robustness")
     lines += ["by the model itself: " + ", ".join(f"{key.replace('_', ' ')} {result['self'][key]:.1f}" for key in own)]

@@ -329,6 +329,35 @@ def test_selection_takes_no_checkpoint_from_before_the_end_of_the_ramp(finished:
     assert torch.load(finished / "stage2.pt", weights_only=True)["step"] >= 0.65 * 8
 
 
+def test_early_stopping_arms_after_the_ramp_and_keeps_the_best(tmp_path: Path, monkeypatch) -> None:
+    """Catches a patience that counts from the start, and a best checkpoint that is simply the last."""
+    scores = iter(range(1000, 0, -1))
+
+    def worse_each_time(run: r2d.Run, stage: int) -> tuple[float, dict]:
+        score = next(scores)
+        return score, {"val_loss": -score, "val_macro_f1": score}
+
+    monkeypatch.setattr(r2d, "validate", worse_each_time)
+    assert run(tmp_path / "run", "--stage1-steps", "20", "--stage2-steps", "40", "--eval-every", "1") == 0
+    log = lines(tmp_path / "run" / "log.jsonl")
+    # stage 1: best after step 1, then patience 3. Stage 2: armed after 0.65 * 40 = 26 steps, then patience 5.
+    assert [sum(line["stage"] == stage for line in log) for stage in (1, 2)] == [4, 31]
+    saved = [torch.load(tmp_path / "run" / f"stage{stage}.pt", weights_only=True)["step"] for stage in (1, 2)]
+    assert saved == [1, 26]
+
+
+def test_sampling_never_runs_in_evaluation(finished: Path, monkeypatch) -> None:
+    """Catches coins in validation or in the final evaluation."""
+
+    def forbidden(*_: object) -> list[bool]:
+        raise AssertionError("a coin was flipped")
+
+    monkeypatch.setattr(r2d, "flip_coins", forbidden)
+    assert run(finished, "--eval") == 0
+    one = r2d.prepare(r2d.Options(**{**r2d.parse_options(TINY), "out": str(finished)}))
+    r2d.validate(one, 2)
+
+
 # --- the command line
 
 
