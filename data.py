@@ -479,9 +479,8 @@ def read_splits(path: Path, seed: int) -> list[list[Example]]:
         for split in ("train", "val", "test"):
             found = [path / f"{split}{suffix}" for suffix in (".jsonl", ".csv") if (path / f"{split}{suffix}").exists()]
             if len(found) != 1:
-                raise InputError(
-                    f"{path}: {'both' if found else 'neither'} {split}.jsonl and {split}.csv; it needs one of them"
-                )
+                both = f"both {split}.jsonl and" if found else f"neither {split}.jsonl nor"
+                raise InputError(f"{path}: {both} {split}.csv; it needs one of them")
             splits.append(read_file(found[0])[0])
         return splits
     examples, ids = read_file(path)

@@ -641,7 +641,7 @@ def settle_options(given: dict) -> Options:
     config = out / "config.json"
     if config.exists() and not given.get("fresh"):
         try:
-            saved = json.loads(config.read_text(encoding="utf-8"))["options"]
+            saved = json.loads(config.read_text(encoding="utf-8"))
             saved = {f.name: saved[f.name] for f in fields(Options) if f.name not in FREE}
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{config}: not a file of this version of the program; give another --out") from None
@@ -711,7 +711,7 @@ def start(run: Run) -> None:
     write_file(out / "tokenizer.model", run.tokenizer.model)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     versions["sentencepiece"] = sentencepiece.__version__
-    write_json(out / "config.json", {"options": asdict(o), "model": asdict(run.model.config), "versions": versions})
+    write_json(out / "config.json", {**asdict(o), "model": asdict(run.model.config), "versions": versions})
 
 
 def ask(run: Run, note: str) -> None:

@@ -71,6 +71,7 @@ def draw_conditions(ax: plt.Axes, rationale: dict) -> None:
             ax.bar(i + shift, value, 0.38, color=grey, yerr=error, capsize=3, label=label, edgecolor="0.2")
     ax.set_xticks(range(len(names)), [name.replace("_", ",\n") for name in names])
     ax.set(xlabel="label in the explain prompt", ylabel="% of test rationales", ylim=(0, 125), title="argues for ...")
+    ax.set_yticks(range(0, 101, 20))
     ax.legend(fontsize=8, loc="upper center", ncols=2, frameon=False)
 
 

@@ -310,7 +310,7 @@ def test_a_finished_run_is_left_alone_and_fresh_moves_it_aside(finished: Path, t
     assert (tmp_path / "run" / "metrics.json").stat().st_mtime_ns == before
     assert run(tmp_path / "run", "--fresh", "--seed", "5") == 0
     assert (tmp_path / "run.old1" / "metrics.json").stat().st_mtime_ns == before
-    assert json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["options"]["seed"] == 5
+    assert json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["seed"] == 5
 
 
 def test_eval_and_ask_use_the_checkpoint(finished: Path, capsys) -> None:
