@@ -111,6 +111,28 @@ def sentence_bleu(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
     return 100 * math.exp(log_precision + min(0.0, 1 - len(reference) / length))
 
 
+def bertscore(
+    hypothesis: np.ndarray,
+    reference: np.ndarray,
+    hypothesis_weights: np.ndarray | None = None,
+    reference_weights: np.ndarray | None = None,
+) -> tuple[float, float, float]:
+    """BERTScore (Zhang et al. 2020, section 3) of one pair: precision, recall, F1, 0-100 (-100 at worst).
+
+    Token vectors (T, D) and (S, D) -> each token is matched with its nearest token of the other text by cosine; the
+    optional weights (T,), (S,) are the idf of the tokens. A text without tokens scores 0.
+    """
+    if not (len(hypothesis) and len(reference)):
+        return 0.0, 0.0, 0.0
+    cosine = (hypothesis / np.linalg.norm(hypothesis, axis=1, keepdims=True)) @ (
+        reference / np.linalg.norm(reference, axis=1, keepdims=True)
+    ).T  # (T, S)
+    precision = float(np.average(cosine.max(1), weights=hypothesis_weights))
+    recall = float(np.average(cosine.max(0), weights=reference_weights))
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return 100 * precision, 100 * recall, 100 * f1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Who reads the rationale: a classifier that the model never met.
 
@@ -164,6 +186,16 @@ def mean_and_interval(name: str, values: Sequence[float]) -> dict[str, float | l
     }
 
 
+def ratio_and_interval(name: str, numerators: np.ndarray, denominators: np.ndarray) -> dict[str, float | list[float]]:
+    """{name: sum / sum, name_ci95: its interval}, for means over tokens where examples are what is drawn again."""
+
+    def ratio(rows: np.ndarray) -> float:
+        return float(numerators[rows].sum() / max(denominators[rows].sum(), 1))
+
+    everything = np.arange(len(numerators))
+    return {name: ratio(everything), f"{name}_ci95": bootstrap_interval(ratio, len(numerators))}
+
+
 def label_scores(gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> dict:
     """The group `label` of metrics.json: n, accuracy, macro_f1, per_class, invalid, with intervals."""
     classes = {label: i for i, label in enumerate(labels)}
@@ -211,35 +243,3 @@ def rationale_scores(
         **mean_and_interval("argues_given", [100 * (v == label) for v, label in zip(verdicts, given, strict=True)]),
         **mean_and_interval("argues_gold", [100 * (v == label) for v, label in zip(verdicts, gold, strict=True)]),
     }
-
-
-def ratio_and_interval(name: str, numerators: np.ndarray, denominators: np.ndarray) -> dict[str, float | list[float]]:
-    """{name: sum / sum, name_ci95: its interval}, for means over tokens where examples are what is drawn again."""
-
-    def ratio(rows: np.ndarray) -> float:
-        return float(numerators[rows].sum() / max(denominators[rows].sum(), 1))
-
-    everything = np.arange(len(numerators))
-    return {name: ratio(everything), f"{name}_ci95": bootstrap_interval(ratio, len(numerators))}
-
-
-def bertscore(
-    hypothesis: np.ndarray,
-    reference: np.ndarray,
-    hypothesis_weights: np.ndarray | None = None,
-    reference_weights: np.ndarray | None = None,
-) -> tuple[float, float, float]:
-    """BERTScore (Zhang et al. 2020, section 3) of one pair: precision, recall, F1, 0-100 (-100 at worst).
-
-    Token vectors (T, D) and (S, D) -> each token is matched with its nearest token of the other text by cosine; the
-    optional weights (T,), (S,) are the idf of the tokens. A text without tokens scores 0.
-    """
-    if not (len(hypothesis) and len(reference)):
-        return 0.0, 0.0, 0.0
-    cosine = (hypothesis / np.linalg.norm(hypothesis, axis=1, keepdims=True)) @ (
-        reference / np.linalg.norm(reference, axis=1, keepdims=True)
-    ).T  # (T, S)
-    precision = float(np.average(cosine.max(1), weights=hypothesis_weights))
-    recall = float(np.average(cosine.max(0), weights=reference_weights))
-    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-    return 100 * precision, 100 * recall, 100 * f1
