@@ -44,7 +44,7 @@ def macro_f1(gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# BLEU (Papineni et al. 2002).
+# BLEU (Papineni et al. 2002) and BERTScore.
 
 
 def tokenize_13a(text: str) -> list[str]:
