@@ -9,6 +9,7 @@ import pytest
 from metrics import (
     Reader,
     accuracy,
+    bertscore,
     bleu_counts,
     bleu_from_counts,
     bootstrap_interval,
@@ -368,9 +369,9 @@ def test_bertscore_by_hand() -> None:
     """Catches precision and recall swapped, a match that is not the nearest, and a scale of 0-1."""
     east, north, both = [1.0, 0.0], [0.0, 2.0], [3.0, 3.0]  # cosines: east.north 0, both with either 0.7071
     hypothesis, reference = np.array([east]), np.array([east, north])
-    assert metrics.bertscore(hypothesis, reference) == pytest.approx((100, 50, 200 / 3))  # recall: (1 + 0) / 2
-    assert metrics.bertscore(reference, hypothesis) == pytest.approx((50, 100, 200 / 3))
-    assert metrics.bertscore(np.array([both]), reference)[1] == pytest.approx(70.71067811865476)
-    weighted = metrics.bertscore(hypothesis, reference, None, np.array([3.0, 1.0]))
+    assert bertscore(hypothesis, reference) == pytest.approx((100, 50, 200 / 3))  # recall: (1 + 0) / 2
+    assert bertscore(reference, hypothesis) == pytest.approx((50, 100, 200 / 3))
+    assert bertscore(np.array([both]), reference)[1] == pytest.approx(70.71067811865476)
+    weighted = bertscore(hypothesis, reference, None, np.array([3.0, 1.0]))
     assert weighted[1] == pytest.approx(75)  # idf: (3 * 1 + 1 * 0) / 4
-    assert metrics.bertscore(np.zeros((0, 2)), reference) == (0, 0, 0)
+    assert bertscore(np.zeros((0, 2)), reference) == (0, 0, 0)
