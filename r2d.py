@@ -654,16 +654,19 @@ def settle_options(given: dict) -> Options:
     return options
 
 
-def prepare(o: Options) -> Run:
-    """Data, tokenizer and untrained model of a run. Raises InputError before anything is written."""
+def prepare(o: Options, labels: list[str] | None = None) -> Run:
+    """Data, tokenizer and untrained model of a run; with `labels`, no examples. Raises InputError, writes nothing."""
     out, device = Path(o.out), o.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device != "cpu" and not getattr(torch, device).is_available():
         raise InputError(f"--device {device}: this machine has none; use --device cpu")
-    dataset = data.load_data(o.data, o.seed, o.limit, o.rationales, o.stage1_rationales)
-    if o.method != "sft" and not any(e.rationale for e in dataset.train):
-        raise InputError(f"{o.data}: no train example has a rationale; fill the column, or use --method sft")
+    if labels:
+        dataset = Dataset([], [], [], labels, [], [])
+    else:
+        dataset = data.load_data(o.data, o.seed, o.limit, o.rationales, o.stage1_rationales)
+        if o.method != "sft" and not any(e.rationale for e in dataset.train):
+            raise InputError(f"{o.data}: no train example has a rationale; fill the column, or use --method sft")
     epoch = max(len(dataset.train) // o.batch_size, 1)
     steps = (o.stage1_steps or min(600, 20 * epoch), o.stage2_steps or min(1200, 20 * epoch))
     o = dataclasses.replace(o, stage1_steps=steps[0], stage2_steps=steps[1])
@@ -711,15 +714,18 @@ def start(run: Run) -> None:
     write_file(out / "tokenizer.model", run.tokenizer.model)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     versions["sentencepiece"] = sentencepiece.__version__
-    write_json(out / "config.json", {**asdict(o), "model": asdict(run.model.config), "versions": versions})
+    shape = {"labels": run.data.labels, "model": asdict(run.model.config)}
+    write_json(out / "config.json", {**asdict(o), **shape, "versions": versions})
 
 
-def ask(run: Run, note: str) -> None:
-    run.model.eval()
-    label = predict_labels(run, [note])[0]
+def ask(o: Options) -> None:
+    """One note, one label, one rationale: what a user of the model sees. Needs no data, only the folder of the run."""
+    run = prepare(o, json.loads((Path(o.out) / "config.json").read_text(encoding="utf-8")).get("labels"))
+    load_weights(run, 2)
+    label = predict_labels(run, [o.ask])[0]
     print(f"label      {label}")
-    if run.options.method != "sft":
-        print(f"rationale  {explain(run, [note], [label])[0]}")
+    if o.method != "sft":
+        print(f"rationale  {explain(run, [o.ask], [label])[0]}")
 
 
 def job(o: Options) -> None:
@@ -729,10 +735,12 @@ def job(o: Options) -> None:
         return print(f"{out} holds a finished run, see its metrics.json; --eval evaluates again, --fresh starts over")
     if (o.eval or o.ask) and not (out / "stage2.pt").exists():
         raise InputError(f"{out / 'stage2.pt'}: no such checkpoint; train first, or give a finished run to --out")
+    if o.ask:
+        return ask(o)
     run = prepare(o)
-    if o.eval or o.ask:
+    if o.eval:
         load_weights(run, 2)
-        return ask(run, o.ask) if o.ask else print_result(run, evaluate(run))
+        return print_result(run, evaluate(run))
     start(run)
     describe(run)
     if o.stage == 1 or (o.method == "r2d" and not o.no_stage1):

@@ -457,6 +457,8 @@ def test_long_questions_are_cut_counted_and_reported_and_the_label_is_kept(tmp_p
     assert run(tmp_path / "run", "--data", str(tmp_path / "d.jsonl"), "--max-source", "64") == 0
     assert "16 of 16 train questions are cut" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["argues_by"] == "reader"
+    (tmp_path / "d.jsonl").unlink()
+    assert run(tmp_path / "run", "--max-source", "64", "--ask", "a question") == 0  # asking needs no data
 
 
 def test_help_has_a_default_for_every_option(capsys) -> None:
