@@ -63,7 +63,7 @@ class Options:
     stage1_rationales: str = option("llm", "whose rationales stage 1 learns (triage only)", ("llm", "nurse", "post"))
     out: str = option("out", "folder of the run", metavar="DIR")
     seed: int = option(0, "decides the data split, the weights, the order of examples and the coins")
-    stage1_steps: int | None = option(None, "updates in stage 1; default 600, or 20 epochs if that is less")
+    stage1_steps: int | None = option(None, "updates in stage 1; default 200, or 20 epochs if that is less")
     stage2_steps: int | None = option(None, "updates in stage 2; default 1200, or 20 epochs if that is less")
     batch_size: int = option(32, "examples per update")
     lr: float = option(2e-2, "peak learning rate of AdamW, relative to the size of each tensor")
@@ -668,7 +668,7 @@ def prepare(o: Options, labels: list[str] | None = None) -> Run:
         if o.method != "sft" and not any(e.rationale for e in dataset.train):
             raise InputError(f"{o.data}: no train example has a rationale; fill the column, or use --method sft")
     epoch = max(len(dataset.train) // o.batch_size, 1)
-    steps = (o.stage1_steps or min(600, 20 * epoch), o.stage2_steps or min(1200, 20 * epoch))
+    steps = (o.stage1_steps or min(200, 20 * epoch), o.stage2_steps or min(1200, 20 * epoch))
     o = dataclasses.replace(o, stage1_steps=steps[0], stage2_steps=steps[1])
     if (out / "tokenizer.model").exists() and not o.fresh:
         tokenizer = Tokenizer((out / "tokenizer.model").read_bytes())
