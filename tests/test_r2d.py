@@ -38,6 +38,13 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def same_state(one: Path, other: Path) -> bool:
+    """Equal weights, coins and random state: much finer than equal predictions of a model this small."""
+    a, b = (torch.load(out / "last.pt", weights_only=True) for out in (one, other))
+    equal = all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+    return equal and torch.equal(a["coin"], b["coin"]) and torch.equal(a["rng"], b["rng"])
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whole tiny run, shared by the tests that only look at it."""
@@ -265,14 +272,19 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(finished: 
     assert run(tmp_path / "same") == 0 and run(tmp_path / "other", "--seed", "1") == 0
     same, other = ((tmp_path / name / "predictions.jsonl").read_bytes() for name in ("same", "other"))
     assert same == (finished / "predictions.jsonl").read_bytes() != other
+    assert same_state(tmp_path / "same", finished) and not same_state(tmp_path / "other", finished)
+    one, two = (tiny_run(tmp_path, seed=seed).model.state_dict()["embedding.weight"] for seed in (0, 1))
+    assert not torch.equal(one, two)
 
 
-def test_p_zero_is_gold_only_bit_for_bit(tmp_path: Path) -> None:
+def test_p_zero_is_gold_only_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a coin that draws from the generator of dropout, or sampling that costs a random number at P = 0."""
-    assert run(tmp_path / "none", "--schedule", "none", "--dropout", "0.1", "--stage", "2") == 0
-    assert run(tmp_path / "zero", "--cap", "0", "--dropout", "0.1", "--stage", "2") == 0
-    none, zero = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("none", "zero"))
-    assert all(torch.equal(none[key], zero[key]) for key in none)
+    assert run(tmp_path / "zero", "--cap", "0", "--dropout", "0.1") == 0
+    monkeypatch.setattr(r2d, "flip_coins", lambda n, p, generator: [False] * n)  # no coin at all
+    assert run(tmp_path / "none", "--schedule", "none", "--dropout", "0.1") == 0
+    zero, none = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("zero", "none"))
+    assert all(torch.equal(none["model"][key], zero["model"][key]) for key in none["model"])
+    assert torch.equal(none["rng"], zero["rng"])
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(finished: Path, tmp_path: Path, monkeypatch) -> None:
@@ -289,8 +301,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(finished: Path, tmp_path
     monkeypatch.setattr(r2d, "stage2_loss", step2)
     assert lines(tmp_path / "run" / "log.jsonl")[-1]["step"] == 5  # the step is finished, then the state is saved
     assert r2d.main(["--out", str(tmp_path / "run")]) == 0  # no options: those of the run
-    resumed, whole = (torch.load(out / "last.pt", weights_only=True)["model"] for out in (tmp_path / "run", finished))
-    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    assert same_state(tmp_path / "run", finished)
     assert (tmp_path / "run" / "predictions.jsonl").read_bytes() == (finished / "predictions.jsonl").read_bytes()
 
 
@@ -299,7 +310,16 @@ def test_stage_1_then_stage_2_is_the_whole_job(finished: Path, tmp_path: Path) -
     assert run(tmp_path / "run", "--stage", "1") == 0
     assert not (tmp_path / "run" / "metrics.json").exists()
     assert run(tmp_path / "run", "--stage", "2") == 0
-    assert (tmp_path / "run" / "predictions.jsonl").read_bytes() == (finished / "predictions.jsonl").read_bytes()
+    assert same_state(tmp_path / "run", finished)
+
+
+def test_a_stage_1_brought_from_another_run_is_used(finished: Path, tmp_path: Path) -> None:
+    """Catches a stage 2 that ignores a stage1.pt laid into its folder and starts from random weights."""
+    (tmp_path / "run").mkdir()
+    for name in ("stage1.pt", "tokenizer.model"):
+        (tmp_path / "run" / name).write_bytes((finished / name).read_bytes())
+    assert run(tmp_path / "run") == 0
+    assert lines(tmp_path / "run" / "log.jsonl")[0]["stage"] == 2 and same_state(tmp_path / "run", finished)
 
 
 def test_a_finished_run_is_left_alone_and_fresh_moves_it_aside(finished: Path, tmp_path: Path, capsys) -> None:
@@ -338,7 +358,12 @@ def test_early_stopping_arms_after_the_ramp_and_keeps_the_best(tmp_path: Path, m
         return score, {"val_loss": -score, "val_macro_f1": score}
 
     monkeypatch.setattr(r2d, "validate", worse_each_time)
-    assert run(tmp_path / "run", "--stage1-steps", "20", "--stage2-steps", "40", "--eval-every", "1") == 0
+    one = tiny_run(tmp_path, stage1_steps=20, stage2_steps=40, eval_every=1)
+    r2d.start(one)
+    for stage in (1, 2):
+        r2d.train(one, stage)
+        best = torch.load(one.out / f"stage{stage}.pt", weights_only=True)["weights"]
+        assert all(torch.equal(best[key], value) for key, value in one.model.state_dict().items())
     log = lines(tmp_path / "run" / "log.jsonl")
     # stage 1: best after step 1, then patience 3. Stage 2: armed after 0.65 * 40 = 26 steps, then patience 5.
     assert [sum(line["stage"] == stage for line in log) for stage in (1, 2)] == [4, 31]
