@@ -361,7 +361,7 @@ def make_example(record: object, where: str) -> Example:
 def pubmedqa_record(record: dict, where: str) -> Example:
     """PubMedQA (Jin et al. 2019): question and abstract -> yes, no or maybe; the long answer is the rationale."""
     for key in ("QUESTION", "CONTEXTS", "final_decision", "LONG_ANSWER"):
-        if not isinstance(record, dict) or key not in record:
+        if key not in record:
             raise InputError(f"{where}: no '{key}'; this reader takes PubMedQA's ori_pqal.json unchanged")
     contexts = record["CONTEXTS"]
     if not (isinstance(contexts, list) and all(isinstance(text, str) for text in [record["QUESTION"], *contexts])):
@@ -400,7 +400,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(
             encoding="utf-8-sig"
-        )  # -sig: a byte order mark, as Excel writes it, is no part of the text
+        )  # -sig: the byte order mark that Excel writes is no part of the text
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}; check the path given to --data") from None
     except UnicodeDecodeError as e:
@@ -488,8 +488,8 @@ def read_splits(path: Path, seed: int) -> list[list[Example]]:
     truth = path.with_name("test_ground_truth.json")
     if ids and truth.exists():
         official = parse_json(read_text(truth), str(truth))
-        test = [i for i in order if ids[i] in official] if isinstance(official, dict) else []
-        order = [i for i in order if i not in set(test)]
+        official = official if isinstance(official, dict) else {}
+        test, order = [i for i in order if ids[i] in official], [i for i in order if ids[i] not in official]
         n_val = len(order) // 10
     else:
         n_val = len(order) // 10

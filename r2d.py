@@ -695,8 +695,8 @@ def describe(run: Run) -> None:
     counts = ", ".join(f"{len(split)} {name}" for name, split in splits.items())
     print(f"{o.data}: {counts} examples, {len(d.labels)} labels; a model of {size:,} weights on {run.device}")
     head = max((EXPLAIN_GIVEN.format(label=label) for label in d.labels), key=lambda text: len(run.prompts.ids(text)))
+    room = o.max_source - len(run.prompts.ids(head)) - 1
     for name, split in splits.items():
-        room = o.max_source - len(run.prompts.ids(head)) - 1
         if cut := sum(len(run.prompts.ids(e.question)) > room for e in split):
             print(f"note: {cut} of {len(split)} {name} questions are cut at the end to fit --max-source {o.max_source}")
         if cut := sum(len(run.prompts.ids(e.rationale)) >= o.max_target for e in split):
