@@ -1,14 +1,17 @@
-"""A T5-shaped encoder-decoder transformer in plain PyTorch: config, layers, loss and greedy decoding with a cache.
+"""A T5-shaped encoder-decoder in plain PyTorch: config, layers, loss, greedy decoding with a cache, T5 checkpoints.
 
 The shape is that of T5 (Raffel et al. 2020, arXiv 1910.10683, section 2.1): pre-norm RMSNorm without bias, relative
 position buckets instead of position embeddings, attention that is not scaled by 1/sqrt(K), one embedding for the
-encoder, the decoder and the output. `gated=True, tied=False` gives T5 v1.1 and Flan-T5 (gated GELU, untied output).
+encoder, the decoder and the output. T5 v1.1 and Flan-T5 have a gated GELU and an output layer of their own, not scaled:
+`gated=True, tied=False, scaled=False`.
 
 Letters: B batch, S source length, T target length, D width, H heads, K head width, V vocabulary.
 """
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +34,7 @@ class ModelConfig:
     max_distance: int = 128  # all distances from here on share the last bucket
     gated: bool = False  # False: relu (T5 v1.0), True: gated GELU (T5 v1.1, Flan-T5)
     tied: bool = True  # True: the output layer is the embedding (T5 v1.0)
+    scaled: bool = True  # True: times D^-0.5 before the output layer (T5 v1.0)
     pad_id: int = 0  # also starts every decoder input, as in T5
     eos_id: int = 1
 
@@ -207,9 +211,8 @@ class Transformer(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, V)
         x = self.dropout(self.decoder_norm(x))
-        if self.output is not None:
-            return self.output(x)
-        return F.linear(x * self.config.d_model**-0.5, self.embedding.weight)  # tied: scaled by D^-0.5
+        x = x * self.config.d_model**-0.5 if self.config.scaled else x
+        return F.linear(x, (self.output or self.embedding).weight)
 
     def shift_right(self, labels: Tensor) -> Tensor:
         """(B, T) -> (B, T): the decoder reads the start token (pad) and then every label but the last."""
@@ -275,3 +278,130 @@ class Transformer(nn.Module):
                 rows, last, memory_bias = rows[alive], last[alive], memory_bias[alive]
                 memory_kv, cache = memory_kv[:, :, alive], cache[:, :, alive]
         return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# T5 checkpoints in the Hugging Face layout: every size of v1.0, v1.1 and Flan-T5.
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def read_t5_config(path: Path) -> ModelConfig:
+    """The shape that a config.json describes. Raises ValueError if it is none of T5's, or not there."""
+    try:
+        c = {"feed_forward_proj": "relu", "layer_norm_epsilon": 1e-6, "decoder_start_token_id": 0}
+        c |= json.loads(path.read_text(encoding="utf-8"))
+        sizes = [c[key] for key in ("vocab_size", "d_model", "num_heads", "d_kv", "d_ff", "num_layers")]
+        sizes.append(c.get("num_decoder_layers") or c["num_layers"])
+        buckets = [c["relative_attention_num_buckets"], c.get("relative_attention_max_distance", 128)]
+        fixed = {
+            "model_type": ("t5", "mt5"),
+            "feed_forward_proj": ("relu", "gated-gelu"),
+            "layer_norm_epsilon": (1e-6,),
+        }
+        fixed |= {"pad_token_id": (0,), "eos_token_id": (1,), "decoder_start_token_id": (0,)}
+        for key, allowed in fixed.items():
+            if c[key] not in allowed:
+                raise ValueError(f"{key} is {c[key]!r}, and only {' or '.join(map(repr, allowed))} can be loaded")
+        if not all(type(size) is int and size > 0 for size in sizes + buckets):
+            raise ValueError("a size is not a whole number above 0")
+        gated, tied = c["feed_forward_proj"] == "gated-gelu", bool(c.get("tie_word_embeddings", True))
+        scaled = bool(c.get("scale_decoder_outputs", tied))  # a key of transformers 5; before, tied said both
+        return ModelConfig(*sizes, float(c.get("dropout_rate", 0.1)), *buckets, gated, tied, scaled)
+    except OSError as e:
+        raise ValueError(f"{path}: {e.strerror}; a T5 folder holds config.json, spiece.model and weights") from None
+    except KeyError as e:
+        raise ValueError(f"{path}: no {e}; give the config.json of a T5 checkpoint, unchanged") from None
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{path}: not the config.json of a T5 checkpoint: {e}") from None
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """One weight file. Raises ValueError. A pickle (.bin) is read with weights_only=True: it cannot run code."""
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file  # needed by those alone who have such a file
+
+            return load_file(file)
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+        if not all(isinstance(weight, Tensor) for weight in weights.values()):
+            raise TypeError("something else than tensors")
+        return weights
+    except ImportError:
+        raise ValueError(f"{file}: this format needs one more package: pip install safetensors") from None
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file; fetch the checkpoint again") from None
+    except Exception as e:  # a damaged file raises half a dozen types, some of them the library's own
+        raise ValueError(f"{file}: cannot be read as weights ({type(e).__name__}); fetch it again") from None
+
+
+def t5_names(name: str, gated: bool) -> list[str]:
+    """The T5 weights that our weight `name` is made of, one below the other: keys and values are one matrix here."""
+    bias = "block.0.layer.0.SelfAttention.relative_attention_bias"
+    top = {"embedding": "shared", "output": "lm_head", "encoder_norm": "encoder.final_layer_norm"}
+    top |= {"decoder_norm": "decoder.final_layer_norm", "encoder_bias.embedding": f"encoder.{bias}"}
+    top |= {"decoder_bias.embedding": f"decoder.{bias}"}
+    name = name.removesuffix(".weight")
+    if name in top:
+        return [top[name] + ".weight"]
+    stack, block, part, *leaf = name.split(".")
+    if part.startswith("norm"):
+        return [f"{stack}.block.{block}.layer.{int(part[4:]) - 1}.layer_norm.weight"]
+    layer, kind = {"self_attention": (0, "SelfAttention"), "cross_attention": (1, "EncDecAttention")}.get(
+        part, (1 + (stack == "decoder"), "DenseReluDense")
+    )
+    leaves = {"kv": ["k", "v"], "gate": ["wi_0"], "wi": ["wi_1" if gated else "wi"]}.get(leaf[0], leaf)
+    return [f"{stack}.block.{block}.layer.{layer}.{kind}.{leaf}.weight" for leaf in leaves]
+
+
+def load_t5(folder: Path) -> Transformer:
+    """A T5 v1.0, v1.1 or Flan-T5 checkpoint in float32, its weights mapped by name.
+
+    Raises ValueError for a weight that is missing, left over, or of another shape than config.json says, by its name.
+    """
+    config = read_t5_config(folder / "config.json")
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
+    if path is None:
+        raise ValueError(f"{folder}: no weights; it needs one of {', '.join(WEIGHT_FILES)}")
+    files, found = [path.name], {}
+    if path.suffix == ".json":
+        try:
+            files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path}: not an index of weight files; fetch it again") from None
+    for file in files:
+        if Path(file).name != file:  # an index from a stranger
+            raise ValueError(f"{path}: names the file {file!r}, which is not beside it")
+        found |= read_weights(folder / file)
+    # Names that T5 files may hold besides: copies of the embedding, and a bias of v1.0 that no layer uses.
+    for copy in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+        found = {"shared.weight": found[copy], **found} if copy in found else found
+        found.pop(copy, None)
+    found.pop("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None)
+    if config.tied and "lm_head.weight" in found:  # transformers 5 says tied of every T5; the file knows better
+        same = "shared.weight" in found and torch.equal(found["lm_head.weight"], found["shared.weight"])
+        config = replace(config, tied=same)
+        found.pop("lm_head.weight" if same else "", None)
+
+    with torch.device("meta"):  # the shape alone; the memory is that of the weights read
+        model = Transformer(config)
+    state = {}
+    for name, parameter in model.named_parameters():
+        names = t5_names(name, config.gated)
+        for t5_name in names:
+            shape, tensor = (parameter.shape[0] // len(names), *parameter.shape[1:]), found.get(t5_name)
+            if tensor is None:
+                raise ValueError(f"{path}: the weight {t5_name} is missing; fetch the checkpoint again")
+            if tensor.shape != shape:
+                was = f"has shape {tuple(tensor.shape)}, config.json says {tuple(shape)}"
+                raise ValueError(f"{path}: the weight {t5_name} {was}")
+        state[name] = torch.cat([found.pop(t5_name) for t5_name in names]).float()
+    if found:
+        raise ValueError(f"{path}: the weight {min(found)} has no place in a T5 of this config.json")
+    model.load_state_dict(state, assign=True)
+    return model

@@ -8,7 +8,7 @@ import torch
 
 from model import Attention, ModelConfig, RelativePositionBias, RMSNorm, Transformer, relative_position_bucket
 
-VARIANTS = [{}, {"gated": True, "tied": False}, {"gated": True}, {"tied": False}]
+VARIANTS = [{}, {"gated": True, "tied": False, "scaled": False}, {"gated": True}, {"tied": False, "scaled": False}]
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=["relu-tied", "gated-untied", "gated-tied", "relu-untied"])
 
 
@@ -230,7 +230,7 @@ def test_tied_output_is_the_embedding_scaled():
 
 def test_untied_output_is_not_scaled():
     """Catches the tied factor being applied to T5 v1.1's own output layer."""
-    model, x = tiny(tied=False), torch.randn(1, 3, 16)
+    model, x = tiny(tied=False, scaled=False), torch.randn(1, 3, 16)
     torch.testing.assert_close(model.logits(x), model.decoder_norm(x) @ model.output.weight.T)
 
 
