@@ -522,11 +522,24 @@ def load_data(source: str, seed: int, limit: int | None, rationales: str, stage1
 
 
 class Tokenizer:
-    """SentencePiece, trained on the training split. Ids 0, 1, 2 are padding, end and unknown, as in T5."""
+    """SentencePiece, trained on the training split or T5's own. Ids 0, 1, 2 are padding, end and unknown, as in T5."""
 
     def __init__(self, model: bytes):
         self.model = model
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Raises InputError."""
+        try:
+            tokenizer = cls(path.read_bytes())
+        except OSError as e:
+            raise InputError(f"{path}: {e.strerror}; the tokenizer belongs beside the weights") from None
+        except RuntimeError:
+            raise InputError(f"{path}: not a SentencePiece model; fetch it again") from None
+        if (tokenizer.processor.pad_id(), tokenizer.processor.eos_id()) != (0, 1):
+            raise InputError(f"{path}: padding and end are not the ids 0 and 1; give the tokenizer of a T5")
+        return tokenizer
 
     @classmethod
     def train(cls, texts: list[str], vocab_size: int) -> "Tokenizer":
@@ -553,9 +566,9 @@ class Tokenizer:
         return self.processor.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Up to the end token, without padding."""
+        """Up to the end token, without padding and without the ids by which T5's vocabulary exceeds its tokenizer."""
         ids = ids[: ids.index(self.processor.eos_id())] if self.processor.eos_id() in ids else ids
-        return self.processor.decode([i for i in ids if i != self.processor.pad_id()]).strip()
+        return self.processor.decode([i for i in ids if 0 < i < len(self)]).strip()
 
 
 EXPLAIN, PREDICT, EXPLAIN_GIVEN = "explain:", "predict:", "given label: {label}, explain:"

@@ -1,14 +1,24 @@
-"""Scores, written out: accuracy, macro-F1, BLEU, BERTScore, the independent reader, bootstrap intervals.
+"""Scores, written out: accuracy, macro-F1, BLEU, BERTScore, the independent reader, intervals; and a client for LLMs.
 
 Text in, numbers out. Every score is on a 0-100 scale unless its name says nats; intervals are 95 % and come from
 resampling the examples. Each function agrees with its well-known peer (scikit-learn, sacreBLEU, NLTK, bert-score); the
 tests compare them.
 """
 
+import contextlib
+import http.client
+import json
 import math
+import os
 import re
+import threading
+import time
+import urllib.request
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.error import HTTPError
 
 import numpy as np
 
@@ -104,7 +114,7 @@ def sentence_bleu(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
     if counts[0] == 0:
         return 0.0
     for match, total in zip(counts[:4], counts[4:8], strict=True):
-        if match == 0 and length > 1:
+        if match == 0:
             misses += 1
             match = math.log(length) / (5 * 2**misses)
         log_precision += math.log(match / max(total, 1)) / 4 if match else 0.0
@@ -120,9 +130,10 @@ def bertscore(
     """BERTScore (Zhang et al. 2020, section 3) of one pair: precision, recall, F1, 0-100 (-100 at worst).
 
     Token vectors (T, D) and (S, D) -> each token is matched with its nearest token of the other text by cosine; the
-    optional weights (T,), (S,) are the idf of the tokens. A text without tokens scores 0.
+    optional weights (T,), (S,) are the idf of the tokens. A text without tokens, or all of weight 0, scores 0.
     """
-    if not (len(hypothesis) and len(reference)):
+    weights = [w for w in (hypothesis_weights, reference_weights) if w is not None]
+    if not (len(hypothesis) and len(reference) and all(w.any() for w in weights)):
         return 0.0, 0.0, 0.0
     cosine = (hypothesis / np.linalg.norm(hypothesis, axis=1, keepdims=True)) @ (
         reference / np.linalg.norm(reference, axis=1, keepdims=True)
@@ -196,6 +207,25 @@ def ratio_and_interval(name: str, numerators: np.ndarray, denominators: np.ndarr
     return {name: ratio(everything), f"{name}_ci95": bootstrap_interval(ratio, len(numerators))}
 
 
+def mean_over_seeds(values: Sequence[float]) -> dict[str, float | list[float] | None]:
+    """Mean of one number per seed, its 95 % interval and the two-sided p of a true mean of 0 (Student's t).
+
+    For differences between two methods on the same seeds this is the paired t-test. nan is a seed without this number;
+    one seed has no interval and none at all no mean: None.
+    """
+    values = [value for value in values if not math.isnan(value)]
+    n, mean = len(values), float(np.mean(values)) if values else None
+    if n < 2:
+        return {"mean": mean, "ci95": None, "p": None}
+    error = float(np.std(values, ddof=1)) / math.sqrt(n)
+    angle = np.linspace(0, math.pi / 2, 10001)  # t = sqrt(n - 1) tan(angle) turns Student's density into a cosine power
+    area = np.cumsum(np.cos(angle[1:]) ** (n - 2) + np.cos(angle[:-1]) ** (n - 2))
+    inside = np.concatenate([[0], area / area[-1]])  # P(|T| < t)
+    half = error * math.sqrt(n - 1) * math.tan(np.interp(0.95, inside, angle))
+    p = 1 - float(np.interp(math.atan2(abs(mean), error * math.sqrt(n - 1)), angle, inside))
+    return {"mean": mean, "ci95": [mean - half, mean + half], "p": p}
+
+
 def label_scores(gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> dict:
     """The group `label` of metrics.json: n, accuracy, macro_f1, per_class, invalid, with intervals."""
     classes = {label: i for i, label in enumerate(labels)}
@@ -243,3 +273,136 @@ def rationale_scores(
         **mean_and_interval("argues_given", [100 * (v == label) for v, label in zip(verdicts, given, strict=True)]),
         **mean_and_interval("argues_gold", [100 * (v == label) for v, label in zip(verdicts, gold, strict=True)]),
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Large language models, optional: one client, for a judge of rationales and for a zero-shot baseline.
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *arguments: object) -> None:  # would hand the key to another host
+        return None
+
+
+class Chat:
+    """Any OpenAI-compatible chat endpoint: temperature 0, retries with back-off, every answer kept in a file.
+
+    The key comes from the environment variable R2D_API_KEY; it is sent, and never printed or stored. An answer stands
+    in the file `cache` (a JSON line each) before it is used, so a run that was interrupted pays once.
+    """
+
+    def __init__(self, url: str, model: str, cache: Path, timeout: float = 60, tries: int = 6, pause: float = 1):
+        """Seconds: `timeout`, and `pause` after the first failure, doubled after each. Raises ConnectionError."""
+        self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        self.model, self.cache, self.timeout, self.tries, self.pause = model, cache, timeout, tries, pause
+        self.key = os.environ.get("R2D_API_KEY", "").strip()
+        if not re.fullmatch(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/[!-?A-~]*)?", url):
+            raise ConnectionError(f"{url.split('@')[-1]}: not an endpoint like http://host:port/v1 (no key inside)")
+        if not re.fullmatch("[!-~]*", self.key):
+            raise ConnectionError("R2D_API_KEY holds a space or a character that no key has; set it again")
+        self.opener, self.lock = urllib.request.build_opener(NoRedirect), threading.Lock()
+        self.answers: dict[str, str] = {}
+        for line in cache.read_text(encoding="utf-8").split("\n") if cache.exists() else ():
+            with contextlib.suppress(ValueError, TypeError):  # a line that was cut when the run was killed
+                asked, prompt, answer = json.loads(line)
+                self.answers |= {prompt: answer} if asked == model else {}
+
+    def __call__(self, prompts: Sequence[str]) -> Iterator[str]:
+        """The answer to each prompt, in order; eight requests at a time. Raises ConnectionError for want of one."""
+        open_ones = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.answers))
+        with ThreadPoolExecutor(8) as pool, contextlib.closing(pool.map(self.ask, open_ones)) as arriving:
+            for prompt in prompts:
+                while prompt not in self.answers:
+                    next(arriving)  # in the order asked; raises what the thread raised
+                yield self.answers[prompt]
+
+    def ask(self, prompt: str) -> None:
+        body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        for attempt in range(self.tries):
+            wait = self.pause * 2**attempt
+            try:
+                with self.opener.open(request, timeout=self.timeout) as reply:
+                    answer = json.loads(reply.read(10**7))["choices"][0]["message"]["content"]
+                return self.keep(prompt, answer if isinstance(answer, str) else "")  # null: it says nothing
+            except HTTPError as e:
+                problem = f"HTTP {e.code}"
+                if e.code not in (408, 429) and e.code < 500:
+                    break
+                asked = e.headers.get("Retry-After", "")
+                wait = max(wait, min(int(asked), 60)) if asked.isdecimal() else wait
+            except (OSError, http.client.HTTPException) as e:
+                problem = str(getattr(e, "reason", e)) or type(e).__name__
+            except (ValueError, LookupError, TypeError, RecursionError):
+                problem = "what came back is no chat completion"
+            if attempt + 1 < self.tries:
+                time.sleep(wait)
+        remedy = "check the URL, the model and R2D_API_KEY, then give the same command again"
+        raise ConnectionError(f"{self.url}: {problem}; {remedy}: no answer in {self.cache} is asked for twice")
+
+    def keep(self, prompt: str, answer: str) -> None:
+        answer = answer.replace(self.key, "(key)") if self.key else answer  # should the endpoint echo it
+        with self.lock, open(self.cache, "a", encoding="utf-8", newline="\n") as f:
+            f.write("\n" + json.dumps([self.model, prompt, answer]))  # a new line first: the last one may be cut
+            self.answers[prompt] = answer
+
+
+def json_answer(answer: str) -> dict:
+    """The JSON object in an answer, also within a sentence or a ```json block; {} if there is none."""
+    found = re.search(r"\{.*\}", answer, re.DOTALL)
+    try:
+        record = json.loads(found[0]) if found else {}
+    except (ValueError, RecursionError):
+        record = {}
+    return record if isinstance(record, dict) else {}
+
+
+ZERO_SHOT = """Read the text, choose one label for it, and explain your choice in one to three sentences.
+Labels: {labels}
+Answer with JSON alone: {{"label": "one of the labels", "rationale": "your explanation"}}
+
+Text: {question}"""
+
+
+def zero_shot(chat: Chat, questions: Sequence[str], labels: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """What a language model says of each question, untrained: label and rationale.
+
+    The label may differ in case; an answer that holds none is returned whole, as a label that is none.
+    """
+    names = {label.lower(): label for label in labels}
+    prompts = [ZERO_SHOT.format(labels=json.dumps(labels, ensure_ascii=False), question=q) for q in questions]
+    for answer in chat(prompts):
+        found = json_answer(answer)
+        said = (str(found.get(key, other)) for key, other in (("label", answer), ("rationale", "")))
+        label, rationale = (text.encode("utf-8", "replace").decode().strip() for text in said)  # no half characters
+        yield names.get(label.lower(), label), rationale
+
+
+JUDGE = """You judge an explanation. Give three grades from 1 (not at all) to 5 (fully):
+supports: the explanation argues for the label it was given
+grounded: all that the explanation states stands in the note
+agrees: the explanation gives the same reasons as the reference
+Answer with JSON alone: {{"supports": 1-5, "grounded": 1-5, "agrees": 1-5}}
+
+Note: {question}
+Label given: {label}
+Explanation: {text}
+Reference: {reference}"""
+GRADES = ("supports", "grounded", "agrees")
+
+
+def judge(chat: Chat, rows: Sequence[dict[str, str]]) -> Iterator[list[int] | None]:
+    """The grades 1-5 (see JUDGE) of each row {question, label, text, reference}; None for a malformed answer."""
+    for answer in chat([JUDGE.format(**row) for row in rows]):
+        grades = [json_answer(answer).get(grade) for grade in GRADES]
+        yield grades if all(type(grade) is int and 1 <= grade <= 5 for grade in grades) else None
+
+
+def judge_scores(grades: Sequence[list[int] | None]) -> dict:
+    """judge_supports, judge_grounded, judge_agrees: means (1-5), intervals; judge_malformed: share of None, 0-100."""
+    valid = [row for row in grades if row]
+    scores = {"judge_malformed": 100 * (1 - len(valid) / max(len(grades), 1))}
+    for name, column in zip(GRADES, zip(*valid, strict=True), strict=False):
+        scores |= mean_and_interval(f"judge_{name}", column)
+    return scores

@@ -359,12 +359,12 @@ def t5_names(name: str, gated: bool) -> list[str]:
     return [f"{stack}.block.{block}.layer.{layer}.{kind}.{leaf}.weight" for leaf in leaves]
 
 
-def load_t5(folder: Path) -> Transformer:
-    """A T5 v1.0, v1.1 or Flan-T5 checkpoint in float32, its weights mapped by name.
+def load_t5(folder: Path, dropout: float = 0.0) -> Transformer:
+    """A T5 v1.0, v1.1 or Flan-T5 checkpoint in float32, its weights mapped by name; `dropout` instead of its own.
 
     Raises ValueError for a weight that is missing, left over, or of another shape than config.json says, by its name.
     """
-    config = read_t5_config(folder / "config.json")
+    config = replace(read_t5_config(folder / "config.json"), dropout=dropout)
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
     if path is None:
         raise ValueError(f"{folder}: no weights; it needs one of {', '.join(WEIGHT_FILES)}")

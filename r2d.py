@@ -11,12 +11,14 @@ evaluation under the gold, the predicted and a flipped label, and the command li
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import math
 import os
 import pickle
 import platform
+import re
 import signal
 import sys
 import time
@@ -35,7 +37,7 @@ from tqdm import tqdm
 import data
 import metrics
 from data import EXPLAIN, EXPLAIN_GIVEN, PREDICT, Dataset, Example, InputError, Prompts, Tokenizer
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, load_t5
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Options: one frozen dataclass; the command line is made from it.
@@ -45,13 +47,16 @@ def option(default: object, help: str, choices: tuple = (), metavar: str | None 
     return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
 
 
+METHODS = ("r2d", "sft", "dss", "zeroshot")
 SCHEDULES = ("linear", "exponential", "inverse-sigmoid", "none")
 
 
 @dataclass(frozen=True)
 class Options:
     stage: int = option(2, "1: rationale pre-training only; 2: the rest, after stage 1 if that is missing", (1, 2))
-    method: str = option("r2d", "the paper's; sft: label only; dss: label and rationale apart", ("r2d", "sft", "dss"))
+    method: str = option(
+        "r2d", "the paper's; sft: label only; dss: label and rationale apart; zeroshot: an LLM", METHODS
+    )
     no_stage1: bool = option(False, "ablation: start stage 2 from random weights")
     schedule: str = option("linear", "how P(predicted label in the prompt) rises; none: gold labels only", SCHEDULES)
     warmup: float = option(0.05, "share of stage 2 in which P(predicted) is 0 and alpha rises from 0")
@@ -64,9 +69,11 @@ class Options:
     out: str = option("out", "folder of the run", metavar="DIR")
     seed: int = option(0, "decides the data split, the weights, the order of examples and the coins")
     stage1_steps: int | None = option(None, "updates in stage 1; default 200, or 20 epochs if that is less")
-    stage2_steps: int | None = option(None, "updates in stage 2; default 1200, or 20 epochs if that is less")
+    stage2_steps: int | None = option(None, "updates in stage 2; default 1200 or 20 epochs, plus stage 1's if left out")
     batch_size: int = option(32, "examples per update")
-    lr: float = option(2e-2, "peak learning rate of AdamW, relative to the size of each tensor")
+    lr: float | None = option(
+        None, "peak rate of AdamW, relative to each tensor's size; default 0.02, with --init 0.001"
+    )
     eval_every: int = option(150, "updates between two validations")
     width: int = option(128, "width of the model (d_model); feed-forward layers are 4 times as wide")
     layers: int = option(2, "layers of the encoder, and of the decoder")
@@ -78,12 +85,33 @@ class Options:
     limit: int | None = option(None, "use at most N examples of each split, for trying; default all", metavar="N")
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
     eval: bool = option(False, "evaluate the checkpoint in --out, without training")
+    init: str | None = option(
+        None, "start from the T5 or Flan-T5 checkpoint in this folder; default random", metavar="DIR"
+    )
     ask: str | None = option(None, "judge one note with the checkpoint in --out; default no note", metavar="TEXT")
     fresh: bool = option(False, "start over: move what is in --out aside first")
+    bertscore: str | None = option(None, "BERTScore by the encoder of this T5; default the run's own", metavar="DIR")
+    judge: str | None = option(None, "a chat endpoint that grades the rationales; default none", metavar="URL")
+    judge_model: str | None = option(
+        None, "its model, default none; the key stands in the variable R2D_API_KEY", metavar="NAME"
+    )
+    llm: str | None = option(
+        None, "the chat endpoint of --method zeroshot, like http://host/v1; default none", metavar="URL"
+    )
+    llm_model: str | None = option(None, "its model; default none", metavar="NAME")
+    compare: tuple[str, ...] | None = option(
+        None, "compare METHOD[,OPTION=VALUE...] ... in --out; default none", metavar="METHOD"
+    )
+    seeds: tuple[int, ...] | None = option(None, "the seeds of --compare; default 0 1 2 3 4", metavar="N")
+
+    @property
+    def has_stage1(self) -> bool:
+        return self.method == "r2d" and not self.no_stage1
 
 
 # These may change between two calls on one folder; everything else is the run's identity.
-FREE = {"stage", "out", "device", "eval", "ask", "fresh"}
+FREE = {"stage", "out", "device", "eval", "ask", "fresh", "bertscore", "judge", "judge_model", "compare", "seeds"}
+IDENTITY = {f.name for f in fields(Options)} - FREE
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,9 +171,8 @@ def flip_coins(n: int, p: float, generator: torch.Generator) -> list[bool]:
 class Run:
     options: Options
     data: Dataset
-    tokenizer: Tokenizer
-    prompts: Prompts
-    model: Transformer
+    prompts: Prompts | None  # these two: not for --method zeroshot
+    model: Transformer | None
     device: str
     tokens: int = 0  # source and target tokens seen by the losses, for the log
 
@@ -166,7 +193,7 @@ def decode_all(run: Run, sources: list[list[int]], max_new_tokens: int) -> list[
     for i in range(0, len(unique), 128):
         rows = unique[i : i + 128]
         tokens = run.model.generate(data.pad(rows, run.device), max_new_tokens)
-        texts |= zip(rows, map(run.tokenizer.decode, tokens.tolist()), strict=True)
+        texts |= zip(rows, map(run.prompts.tokenizer.decode, tokens.tolist()), strict=True)
     return [texts[tuple(ids)] for ids in sources]
 
 
@@ -352,14 +379,14 @@ def restore(run: Run, stage: int, optimizer: torch.optim.Optimizer, coin: torch.
 def train(run: Run, stage: int) -> None:
     """One stage: from the weights in `run.model` to the best checkpoint of the stage, on disk and in `run.model`.
 
-    Best means the lowest validation loss in stage 1, and in stage 2 the highest validation macro-F1 after the ramp, for
-    every method alike: the paper's code may keep a checkpoint from before any predicted label was seen. Early
-    stopping counts from there as well.
+    Best means the lowest validation loss in stage 1, and in stage 2 the highest validation macro-F1 in the last 35 %,
+    which begin where the ramp ends (or later, with a longer ramp), for every method alike: the paper's code may keep a
+    checkpoint from before any predicted label was seen. Early stopping counts from there as well.
     """
     o, model = run.options, run.model
     steps, patience, armed = o.stage1_steps, 3, 0
     if stage == 2:
-        steps, patience, armed = o.stage2_steps, 5, (o.warmup + o.ramp) * o.stage2_steps
+        steps, patience, armed = o.stage2_steps, 5, max(0.65, o.warmup + o.ramp) * o.stage2_steps
     examples = run.data.stage1_train if stage == 1 else run.data.train
     lengths = [len(run.prompts.source(EXPLAIN, e.question)) for e in examples]
     # The rate of each tensor is --lr times the size (RMS) of its weights, as in T5's own optimiser (Adafactor,
@@ -446,37 +473,55 @@ def flipped_labels(examples: list[Example], labels: list[str], seed: int) -> lis
 
 
 @torch.no_grad()
-def token_vectors(run: Run, encoder: Transformer, texts: list[str]) -> dict[str, np.ndarray]:
+def token_vectors(model: Transformer, prompts: Prompts, texts: list[str], device: str) -> dict[str, np.ndarray]:
     """{text: (tokens, D)}: the encoder's output for each token of a text but the end token; for BERTScore."""
-    unique = sorted(set(texts), key=lambda text: len(run.prompts.target(text)))
+    unique = sorted(set(texts), key=lambda text: len(prompts.target(text)))
     vectors = {}
     for at in range(0, len(unique), 128):
-        rows = [[*run.prompts.target(text)[:-1], 1] for text in unique[at : at + 128]]
-        encoded = encoder.encode(data.pad(rows, run.device)).float().cpu().numpy()
+        rows = [[*prompts.target(text)[:-1], 1] for text in unique[at : at + 128]]
+        encoded = model.encode(data.pad(rows, device)).float().cpu().numpy()
         vectors |= {text: x[: len(row) - 1] for text, row, x in zip(unique[at : at + 128], rows, encoded, strict=True)}
     return vectors
+
+
+def bertscore_vectors(run: Run, texts: list[str]) -> tuple[str | None, dict[str, np.ndarray]]:
+    """Whose encoder it is, and its `token_vectors`: --bertscore's, or else this run's, from stage 1 if it had one."""
+    o, path = run.options, run.out / "stage1.pt"
+    if o.bertscore:
+        model, tokenizer = load_pretrained(o.bertscore)
+        return o.bertscore, token_vectors(model.to(run.device).eval(), Prompts(tokenizer, 512, 512), texts, run.device)
+    if not (o.has_stage1 and path.exists()):
+        return (
+            ("the model itself", token_vectors(run.model, run.prompts, texts, run.device)) if run.model else (None, {})
+        )
+    encoder = Transformer(run.model.config).to(run.device).eval()
+    encoder.load_state_dict(load_checkpoint(path, run.device)["weights"])
+    return "stage1.pt of this run", token_vectors(encoder, run.prompts, texts, run.device)
+
+
+def answers(run: Run, flipped: list[str]) -> tuple[list[str], dict[str, list[str]], dict[str, list[str]]]:
+    """Predicted labels; {condition: labels in the prompts}; {condition: the rationales they led to}; for test."""
+    o, test, labels = run.options, run.data.test, run.data.labels
+    questions, gold = [e.question for e in test], [e.label for e in test]
+    if o.method == "zeroshot":
+        chat = metrics.Chat(o.llm, o.llm_model, run.out / "llm.jsonl")
+        rows = list(tqdm(metrics.zero_shot(chat, questions, labels), "zero-shot", len(test)))
+        predicted, texts = map(list, zip(*rows, strict=True))
+        return predicted, {"predicted": predicted}, {"predicted": texts}
+    run.model.eval()
+    predicted = predict_labels(run, questions)
+    conditions = {"gold": gold, "predicted": predicted, "flipped": flipped}
+    if o.method != "r2d":  # DSS explains without seeing a label: one condition. SFT does not explain.
+        conditions = {"predicted": predicted} if o.method == "dss" else {}
+    return predicted, conditions, {name: explain(run, questions, given) for name, given in conditions.items()}
 
 
 def evaluate(run: Run) -> dict:
     """Write predictions.jsonl and metrics.json for the test split, and return what the latter holds (keys: README)."""
     o, test, labels = run.options, run.data.test, run.data.labels
-    questions, gold = [e.question for e in test], [e.label for e in test]
-    run.model.eval()
     print(f"evaluation of {len(test)} test examples: label, then rationale under every condition", flush=True)
-    predicted, flipped = predict_labels(run, questions), flipped_labels(test, labels, o.seed)
-    label = metrics.label_scores(gold, predicted, labels)
-    majority = [Counter(e.label for e in run.data.train).most_common(1)[0][0]] * len(test)
-    for name, baseline in (("majority", majority), ("ceiling", run.data.ceiling)):
-        if baseline:
-            label[f"{name}_accuracy"] = metrics.accuracy(gold, baseline)
-            label[f"{name}_macro_f1"] = metrics.macro_f1(gold, baseline, labels)
-    conditions = {"gold": gold, "predicted": predicted, "flipped": flipped}
-    if o.method != "r2d":  # DSS explains without seeing a label: one condition. SFT does not explain.
-        conditions = {"predicted": predicted} if o.method == "dss" else {}
-    texts = {name: explain(run, questions, given) for name, given in conditions.items()}
-    result = {"method": o.method, "data": o.data, "seed": o.seed, "label": label}
-    if texts:
-        result |= rationale_report(run, conditions, texts)
+    gold, flipped = [e.label for e in test], flipped_labels(test, labels, o.seed)
+    predicted, conditions, texts = answers(run, flipped)
     lines = []
     for i, example in enumerate(test):
         row = {**vars(example), "predicted_label": predicted[i], "flipped_label": flipped[i]}
@@ -484,24 +529,30 @@ def evaluate(run: Run) -> dict:
             row[f"rationale_given_{name}"] = texts[name][i] if name in texts else None
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_file(run.out / "predictions.jsonl", "".join(lines).encode())
+
+    label = metrics.label_scores(gold, predicted, labels)
+    majority = [Counter(e.label for e in run.data.train).most_common(1)[0][0]] * len(test)
+    for name, baseline in (("majority", majority), ("ceiling", run.data.ceiling)):
+        if baseline:
+            label[f"{name}_accuracy"] = metrics.accuracy(gold, baseline)
+            label[f"{name}_macro_f1"] = metrics.macro_f1(gold, baseline, labels)
+    trained = o.method != "zeroshot" and (run.out / "stage2.pt").exists()
+    updates = trained * (o.stage2_steps + o.stage1_steps * o.has_stage1)
+    result = {"method": o.method, "data": o.data, "seed": o.seed, "updates": updates, "label": label}
+    if texts and any(e.rationale for e in test):
+        result |= rationale_report(run, conditions, texts)
     write_json(run.out / "metrics.json", result)
     return result
 
 
 def rationale_report(run: Run, conditions: dict[str, list[str]], texts: dict[str, list[str]]) -> dict:
-    """The groups rationale, exposure and self of metrics.json: how good and how faithful the explanations are.
-
-    `conditions` holds the labels in the prompts and `texts` the rationales they led to, one per test example.
-    """
+    """The groups rationale, exposure and self of metrics.json: how good and how faithful the explanations are."""
     o, test, mean = run.options, run.data.test, metrics.mean_and_interval
     gold, references = [e.label for e in test], [e.rationale for e in test]
     explained = [e for e in run.data.train if e.rationale]
     reader = metrics.Reader([e.rationale for e in explained], [e.label for e in explained], run.data.labels)
     argues = data.argues_for if o.data == "triage" else reader
-    has_stage1 = (run.out / "stage1.pt").exists()
-    encoder = Transformer(run.model.config).to(run.device).eval()
-    encoder.load_state_dict(load_checkpoint(run.out / f"stage{1 if has_stage1 else 2}.pt", run.device)["weights"])
-    vectors = token_vectors(run, encoder, references + [text for column in texts.values() for text in column])
+    encoder, vectors = bertscore_vectors(run, references + [text for column in texts.values() for text in column])
 
     scored = [i for i, text in enumerate(references) if text]
     wrong = [i for i in scored if conditions["predicted"][i] != gold[i]]
@@ -512,28 +563,38 @@ def rationale_report(run: Run, conditions: dict[str, list[str]], texts: dict[str
             continue
         given, written = conditions[condition], texts[condition]
         columns = ([column[i] for i in rows] for column in (written, references, given, gold))
-        report[name] = metrics.rationale_scores(*columns, argues)
-        f1 = [metrics.bertscore(vectors[written[i]], vectors[references[i]])[2] for i in rows]
-        counts = nll_counts(run, [test[i] for i in rows], [explain_head(o.method, given[i]) for i in rows])
-        report[name] |= mean("bertscore_f1", f1) | metrics.ratio_and_interval("nll", *counts.T)
+        scores = report[name] = metrics.rationale_scores(*columns, argues)
+        if encoder:
+            scores |= mean(
+                "bertscore_f1", [metrics.bertscore(vectors[written[i]], vectors[references[i]])[2] for i in rows]
+            )
+        if run.model:
+            counts = nll_counts(run, [test[i] for i in rows], [explain_head(o.method, given[i]) for i in rows])
+            scores |= metrics.ratio_and_interval("nll", *counts.T)
         if o.data == "triage":
-            grounded = [100 * (not data.ungrounded(written[i], test[i].question)) for i in rows]
-            report[name] |= mean("grounded", grounded)
-    result = {"argues_by": "checker" if o.data == "triage" else "reader", "rationale": report}
-    result["bertscore_encoder"] = "stage1.pt of this run" if has_stage1 else "stage2.pt of this run"
+            scores |= mean("grounded", [100 * (not data.ungrounded(written[i], test[i].question)) for i in rows])
+        if o.judge:
+            chat = metrics.Chat(o.judge, o.judge_model, run.out / "judge.jsonl")
+            asked = [
+                {"question": test[i].question, "label": given[i], "text": written[i], "reference": references[i]}
+                for i in rows
+            ]
+            scores |= metrics.judge_scores(list(tqdm(metrics.judge(chat, asked), f"judge, {name}", len(rows))))
+    result = {"argues_by": "checker" if o.data == "triage" else "reader", "bertscore_encoder": encoder}
+    result |= {"rationale": report} | ({"judge": o.judge_model} if o.judge else {})
     if "gold" in report:
         result["exposure"] = {f"{key}_gap": report["gold"][key] - report["predicted"][key] for key in ("bleu", "nll")}
         flipped = report["flipped"]  # every label is wrong there
         result["exposure"] |= {"following": flipped["argues_given"], "following_ci95": flipped["argues_given_ci95"]}
-    again = predict_labels(run, texts["predicted"])  # P2: the model reads its own rationale as if it were a question
-    from_gold = predict_labels(run, references)  # Pg
-    result["self"] = {
-        "n": len(scored),
-        **mean("consistency", [100 * (again[i] == conditions["predicted"][i]) for i in scored]),
-        **mean("sufficiency", [100 * (again[i] == gold[i]) for i in scored]),
-        **mean("gold_robustness", [100 * (from_gold[i] == gold[i]) for i in scored]),
-        **mean("reader_accuracy", [100 * (reader(references[i]) == gold[i]) for i in scored]),
-    }
+    result["self"] = mean("reader_accuracy", [100 * (reader(references[i]) == gold[i]) for i in scored])
+    if run.model:
+        again = predict_labels(
+            run, texts["predicted"]
+        )  # P2: the model reads its own rationale as if it were a question
+        from_gold = predict_labels(run, references)  # Pg
+        result["self"] |= mean("consistency", [100 * (again[i] == conditions["predicted"][i]) for i in scored])
+        result["self"] |= mean("sufficiency", [100 * (again[i] == gold[i]) for i in scored])
+        result["self"] |= mean("gold_robustness", [100 * (from_gold[i] == gold[i]) for i in scored])
     return result
 
 
@@ -558,17 +619,28 @@ def table(result: dict) -> str:
         return "\n".join(lines)
     keys = ["bleu", "sentence_bleu", "bertscore_f1", "nll", "argues_given", "argues_gold"]
     keys += ["grounded"] * (result["argues_by"] == "checker")
-    lines += ["", f"{'rationale under':18}" + "".join(key.replace("_", " ").rjust(14) for key in keys) + "     n"]
-    for name, scores in result["rationale"].items():
-        row = "".join(cell(scores, key, 2 if key == "nll" else 1) for key in keys)
-        lines += [f"  {name.replace('_', ', '):16}{row}{scores['n']:6}"]
+    grades = ["judge_supports", "judge_grounded", "judge_agrees", "judge_malformed"]
+    blocks = {"rationale under": keys} | ({"judged 1-5 under": grades} if "judge" in result else {})
+    for title, keys in blocks.items():
+        heads = "".join(key.removeprefix("judge_").replace("_", " ").rjust(14) for key in keys)
+        lines += ["", f"{title:18}{heads}     n"]
+        for name, scores in result["rationale"].items():
+            row = "".join(cell(scores, key, 2 if key == "nll" or key in grades[:3] else 1) for key in keys)
+            lines += [f"  {name.replace('_', ', '):16}{row}{scores['n']:6}"]
+    lines += ["", f"BERTScore's encoder: {result['bertscore_encoder'] or 'none, see --bertscore'}"]
+    if "judge" in result:
+        lines += [f"the judge is {result['judge']}, a language model; malformed: share of its answers, 0-100"]
     if "exposure" in result:
         gap = result["exposure"]
         gaps = f"BLEU {gap['bleu_gap']:.1f}, nll {gap['nll_gap']:.3f} nats"
-        lines += ["", f"exposure bias (gold minus predicted): {gaps}"]
+        lines += [f"exposure bias (gold minus predicted): {gaps}"]
         lines += [f"follows a wrong label in the prompt: {gap['following']:.1f}"]
-    own = ("consistency", "sufficiency", "gold_robustness")
-    lines += ["by the model itself: " + ", ".join(f"{key.replace('_', ' ')} {result['self'][key]:.1f}" for key in own)]
+    own = [
+        f"{key.replace('_', ' ')} {result['self'][key]:.1f}"
+        for key in ("consistency", "sufficiency", "gold_robustness")
+        if key in result["self"]
+    ]
+    lines += ["by the model itself: " + ", ".join(own)] if own else []
     lines += [f"an independent reader gets {result['self']['reader_accuracy']:.1f} of the gold rationales right"]
     return "\n".join(lines)
 
@@ -606,6 +678,8 @@ def parse_options(arguments: list[str] | None) -> dict:
             shared |= {"action": "store_true", "help": f"{text} (default off)"}
         else:
             kind = type(f.default) if f.default is not None else get_args(f.type)[0]
+            if several := get_args(kind):  # tuple[str, ...]
+                kind, shared["nargs"] = several[0], "+"
             shared |= {"type": kind, "choices": choices, "metavar": f.metadata["metavar"]}
         parser.add_argument("--" + f.name.replace("_", "-"), **shared)
     return vars(parser.parse_args(arguments))
@@ -633,25 +707,63 @@ def check(o: Options) -> None:
         raise InputError("--ask: the text is empty; give the note in quotes")
     if o.data != "triage" and (o.rationales, o.stage1_rationales) != ("llm", "llm"):
         raise InputError("--rationales and --stage1-rationales are for --data triage; other data has one source")
+    if o.method == "zeroshot" and (o.stage == 1 or o.eval or o.ask or o.init or not (o.llm and o.llm_model)):
+        raise InputError(
+            "--method zeroshot: needs --llm URL and --llm-model NAME, and no --stage 1, --eval, --ask or --init"
+        )
+    if o.method != "zeroshot" and (o.llm or o.llm_model):
+        raise InputError("--llm and --llm-model are for --method zeroshot; the judge of rationales is --judge")
+    if o.seeds and not o.compare:
+        raise InputError("--seeds: for --compare METHOD ...; one run takes --seed N")
+    if (o.judge is None) != (o.judge_model is None):
+        raise InputError("--judge URL and --judge-model NAME: give both")
+    for url in filter(None, (o.judge, o.llm)):
+        metrics.Chat(url, "", Path(os.devnull))  # raises ConnectionError for what is no URL, before anything is trained
+    if o.bertscore and not Path(o.bertscore).is_dir():
+        raise InputError(f"--bertscore {o.bertscore}: no such folder; give a T5 checkpoint as Hugging Face has it")
+
+
+def read_config(out: Path) -> dict:
+    """The config.json of a run. Raises InputError if it is not one of this version."""
+    try:
+        saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        if IDENTITY - saved.keys() or not isinstance(saved["labels"], list):
+            raise ValueError
+        return saved | {"model": saved["model"] and asdict(ModelConfig(**saved["model"]))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"{out / 'config.json'}: not a file of this version of the program; give another --out"
+        ) from None
 
 
 def settle_options(given: dict) -> Options:
     """The options of this call: those given, or else those of the run in --out, or else the defaults."""
     out, saved = Path(given.get("out", Options.out)), {}
-    config = out / "config.json"
-    if config.exists() and not given.get("fresh"):
-        try:
-            saved = json.loads(config.read_text(encoding="utf-8"))
-            saved = {f.name: saved[f.name] for f in fields(Options) if f.name not in FREE}
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"{config}: not a file of this version of the program; give another --out") from None
+    if (out / "config.json").exists() and not given.get("fresh"):
+        saved = {name: value for name, value in read_config(out).items() if name in IDENTITY}
     for name in sorted(saved.keys() & given.keys()):
         if saved[name] != given[name]:
             was = f"--{name.replace('_', '-')} {given[name]}: the run in {out} has {saved[name]}"
             raise InputError(f"{was}; give another --out, or --fresh to start over")
+    shape = [f"--{name.replace('_', '-')}" for name in ("width", "layers", "heads", "vocab_size") if name in given]
     options = Options(**{**saved, **given})
+    if options.init and shape:
+        raise InputError(f"{shape[0]}: the checkpoint of --init has its own shape; leave it out")
     check(options)
     return options
+
+
+def load_pretrained(folder: str, dropout: float = 0.0) -> tuple[Transformer, Tokenizer]:
+    """A T5 checkpoint and its own tokenizer. Raises InputError."""
+    tokenizer = Tokenizer.load(Path(folder) / "spiece.model")
+    try:
+        model = load_t5(Path(folder), dropout)
+    except ValueError as e:
+        raise InputError(str(e)) from None
+    if len(tokenizer) > model.config.vocab_size:
+        size = f"{len(tokenizer)} pieces, and the weights have {model.config.vocab_size}"
+        raise InputError(f"{folder}: spiece.model has {size}; they belong to different checkpoints")
+    return model, tokenizer
 
 
 def prepare(o: Options, labels: list[str] | None = None) -> Run:
@@ -668,23 +780,32 @@ def prepare(o: Options, labels: list[str] | None = None) -> Run:
         if o.method != "sft" and not any(e.rationale for e in dataset.train):
             raise InputError(f"{o.data}: no train example has a rationale; fill the column, or use --method sft")
     epoch = max(len(dataset.train) // o.batch_size, 1)
-    steps = (o.stage1_steps or min(200, 20 * epoch), o.stage2_steps or min(1200, 20 * epoch))
-    o = dataclasses.replace(o, stage1_steps=steps[0], stage2_steps=steps[1])
-    if (out / "tokenizer.model").exists() and not o.fresh:
-        tokenizer = Tokenizer((out / "tokenizer.model").read_bytes())
+    stage1 = o.stage1_steps or min(200, 20 * epoch)
+    stage2 = o.stage2_steps or min(1200, 20 * epoch) + stage1 * (not o.has_stage1)  # equal budgets: stage 1's go there
+    lr = o.lr or (1e-3 if o.init else 2e-2)  # T5 was fine-tuned at 1e-3 relative to the size of its tensors
+    o = dataclasses.replace(o, stage1_steps=stage1, stage2_steps=stage2, lr=lr)
+    if o.method == "zeroshot":
+        return Run(o, dataset, None, None, device)
+    torch.manual_seed(o.seed)
+    begun = (out / "tokenizer.model").exists() and not o.fresh
+    if o.init and not (begun and (out / "last.pt").exists()):
+        model, tokenizer = load_pretrained(o.init, o.dropout)
     else:
-        texts = [text for e in dataset.train + dataset.stage1_train for text in (e.question, e.label, e.rationale)]
-        tokenizer = Tokenizer.train([EXPLAIN, PREDICT, EXPLAIN_GIVEN, *dataset.labels, *texts], o.vocab_size)
+        if begun:
+            tokenizer = Tokenizer.load(out / "tokenizer.model")
+        else:
+            texts = [text for e in dataset.train + dataset.stage1_train for text in (e.question, e.label, e.rationale)]
+            tokenizer = Tokenizer.train([EXPLAIN, PREDICT, EXPLAIN_GIVEN, *dataset.labels, *texts], o.vocab_size)
+        shape = (o.width, o.heads, o.width // o.heads, 4 * o.width, o.layers, o.layers, o.dropout)
+        config = ModelConfig(**read_config(out)["model"]) if o.init else ModelConfig(len(tokenizer), *shape)
+        model = Transformer(config)
     prompts = Prompts(tokenizer, o.max_source, o.max_target)
     for label in dataset.labels:
         if tokenizer.decode(prompts.target(label)) != label:
             raise InputError(f"{o.data}: the tokenizer cannot write the label {label!r}; rename it")
         if len(prompts.ids(EXPLAIN_GIVEN.format(label=label))) > o.max_source // 2:
             raise InputError(f"{o.data}: the label {label!r} fills half of a prompt; rename it or raise --max-source")
-    per_head, d_ff = o.width // o.heads, 4 * o.width
-    config = ModelConfig(len(tokenizer), o.width, o.heads, per_head, d_ff, o.layers, o.layers, o.dropout)
-    torch.manual_seed(o.seed)
-    return Run(o, dataset, tokenizer, prompts, Transformer(config).to(device), device)
+    return Run(o, dataset, prompts, model.to(device), device)
 
 
 def describe(run: Run) -> None:
@@ -711,16 +832,17 @@ def start(run: Run) -> None:
         out.rename(aside)
         print(f"--fresh: the old run is now in {aside}")
     out.mkdir(parents=True, exist_ok=True)
-    write_file(out / "tokenizer.model", run.tokenizer.model)
+    if run.prompts:
+        write_file(out / "tokenizer.model", run.prompts.tokenizer.model)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     versions["sentencepiece"] = sentencepiece.__version__
-    shape = {"labels": run.data.labels, "model": asdict(run.model.config)}
+    shape = {"labels": run.data.labels, "model": run.model and asdict(run.model.config)}
     write_json(out / "config.json", {**asdict(o), **shape, "versions": versions})
 
 
 def ask(o: Options) -> None:
     """One note, one label, one rationale: what a user of the model sees. Needs no data, only the folder of the run."""
-    run = prepare(o, json.loads((Path(o.out) / "config.json").read_text(encoding="utf-8")).get("labels"))
+    run = prepare(o, read_config(Path(o.out))["labels"])
     load_weights(run, 2)
     label = predict_labels(run, [o.ask])[0]
     print(f"label      {label}")
@@ -731,27 +853,104 @@ def ask(o: Options) -> None:
 def job(o: Options) -> None:
     """What one command does: ask, evaluate, or train and evaluate. Goes on where an earlier call was stopped."""
     out = Path(o.out)
-    if not (o.eval or o.ask or o.fresh) and o.stage == 2 and (out / "metrics.json").exists():
+    trained, begun = (out / "stage2.pt").exists() or o.method == "zeroshot", (out / "last.pt").exists()
+    if not (o.eval or o.ask or o.fresh) and o.stage == 2 and trained and (out / "metrics.json").exists():
         return print(f"{out} holds a finished run, see its metrics.json; --eval evaluates again, --fresh starts over")
-    if (o.eval or o.ask) and not (out / "stage2.pt").exists():
+    if (o.eval or o.ask) and not trained and (o.ask or begun or not o.init):
         raise InputError(f"{out / 'stage2.pt'}: no such checkpoint; train first, or give a finished run to --out")
     if o.ask:
         return ask(o)
     run = prepare(o)
-    if o.eval:
+    if o.eval and trained:
         load_weights(run, 2)
-        return print_result(run, evaluate(run))
-    start(run)
-    describe(run)
-    if o.stage == 1 or (o.method == "r2d" and not o.no_stage1):
-        last = load_checkpoint(out / "last.pt", "cpu")["stage"] if (out / "last.pt").exists() else 2
-        if (out / "stage1.pt").exists() and last == 2:  # done here, or brought from another run
-            load_weights(run, 1)
-        else:
-            train(run, 1)
-    if o.stage == 2:
+    else:
+        start(run)
+    if not o.eval and run.model:
+        describe(run)
+        if o.stage == 1 or o.has_stage1:
+            last = load_checkpoint(out / "last.pt", "cpu")["stage"] if begun and not o.fresh else 2
+            if (out / "stage1.pt").exists() and last == 2:  # done here, or brought from another run
+                load_weights(run, 1)
+            else:
+                train(run, 1)
+        if o.stage == 1:
+            return
         train(run, 2)
-        print_result(run, evaluate(run))
+    print_result(run, evaluate(run))
+
+
+# What --compare shows: the name of a column, and where its number stands in metrics.json.
+COMPARED = {
+    "macro_f1": "label macro_f1", "accuracy": "label accuracy", "bleu": "rationale predicted bleu",
+    "bleu_gold": "rationale gold bleu", "bleu_gap": "exposure bleu_gap",
+    "argues_given": "rationale predicted argues_given", "argues_gold": "rationale predicted argues_gold",
+    "wrong_given": "rationale predicted_wrong argues_given", "following": "exposure following",
+}  # fmt: skip
+
+
+def compare(given: dict) -> None:
+    """Every method of --compare on every seed, a folder each; finished runs are skipped. Writes compare.json."""
+    items, seeds = dict.fromkeys(given.pop("compare")), list(dict.fromkeys(given.pop("seeds", range(5))))
+    out, plan = Path(given.pop("out", "compare")), []
+    if refused := {"seed", "method", "ask", "stage"} & given.keys():
+        raise InputError(f"--{min(refused)}: not together with --compare METHOD ... --seeds N ...")
+    for seed in seeds:
+        for item in items:
+            method, *changes = item.split(",")
+            own = parse_options(["--method", method, *(f"--{change}" for change in changes)])
+            if wrong := own.keys() & (FREE | {"seed"}):
+                raise InputError(f"--compare {item}: {min(wrong)} is for the whole comparison; give it as an option")
+            if "stage2_steps" in given and not Options(**own).has_stage1:  # equal budgets, as in `prepare`
+                own["stage2_steps"] = given["stage2_steps"] + given.setdefault("stage1_steps", 200)
+            folder = out / f"{re.sub('[^a-zA-Z0-9.-]+', '_', item)}-{seed}"
+            plan.append((item, settle_options({**given, **own, "seed": seed, "out": str(folder)})))
+    results = {item: [] for item in items}
+    for item, o in plan:
+        print(f"\n{item}, seed {o.seed}", flush=True)
+        job(o)
+        results[item].append(json.loads((Path(o.out) / "metrics.json").read_text(encoding="utf-8")))
+
+    def number(result: dict, path: str) -> float:
+        found = functools.reduce(lambda group, key: group.get(key, {}), path.split(), result)
+        return math.nan if found == {} else found
+
+    scores = {
+        item: np.array([[number(result, path) for path in COMPARED.values()] for result in column])  # (seeds, scores)
+        for item, column in results.items()
+    }
+    rows = {}
+    for item in items:
+        rows[item] = {"updates": results[item][0]["updates"], "seeds": seeds}
+        for key, values, base in zip(COMPARED, scores[item].T, scores.get("r2d", scores[item]).T, strict=True):
+            known = [None if math.isnan(value) else value for value in values.tolist()]
+            rows[item][key] = {"values": known, **metrics.mean_over_seeds(values)}
+            rows[item][key]["minus_r2d"] = metrics.mean_over_seeds(values - base)
+    write_json(out / "compare.json", rows)
+    print("\n" + comparison(rows))
+
+
+def comparison(rows: dict) -> str:
+    """compare.json as text: levels, then differences from r2d on the same seeds."""
+
+    def level(score: dict) -> str:
+        low, high = score["ci95"] or (math.nan, math.nan)
+        return "-" if score["mean"] is None else f"{score['mean']:.1f} +-{(high - low) / 2:.1f}"
+
+    def difference(score: dict) -> str:
+        base = score["minus_r2d"]
+        return "-" if base["p"] is None else f"{base['mean']:+.1f} p={base['p']:.3f}"
+
+    width = max(map(len, rows)) + 2
+    lines = ["".ljust(width) + "updates  seeds" + "".join(key.replace("_", " ").rjust(14) for key in COMPARED)]
+    for cell in (level, difference):
+        lines += ["mean over the seeds" if cell is level else "minus r2d on the same seeds"]
+        for item, row in rows.items():
+            if cell is level or item != "r2d":
+                cells = "".join(cell(row[key]).rjust(14) for key in COMPARED)
+                lines += [f"{item.ljust(width)}{row['updates']:7}{len(row['seeds']):7}{cells}"]
+    lines += ["+- half of the 95 % interval over seeds (Student's t); p: paired t-test, two-sided, each on its own"]
+    lines += ["checkpoint of every method: best validation macro-F1 in the last 35 % of stage 2"]
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -760,8 +959,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given = parse_options(arguments)
         out = given.get("out", out)
-        job(settle_options(given))
-    except InputError as e:
+        if given.get("compare"):
+            compare(given)
+        else:
+            job(settle_options(given))
+    except (InputError, ConnectionError) as e:
         print(f"r2d.py: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except OSError as e:

@@ -1,10 +1,13 @@
-"""metrics.py: hand-computed cases, then the peers' own numbers (sacreBLEU, NLTK, scikit-learn), which are optional."""
+"""metrics.py: hand-computed cases, then the optional peers' numbers (sacreBLEU, NLTK, scikit-learn, bert-score)."""
 
+import itertools
 import math
 import random
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from metrics import (
     Reader,
@@ -17,6 +20,7 @@ from metrics import (
     label_scores,
     macro_f1,
     mean_and_interval,
+    mean_over_seeds,
     per_class,
     ratio_and_interval,
     rationale_scores,
@@ -64,21 +68,26 @@ def test_invalid_prediction_is_a_miss_but_no_class():
 
 
 def test_label_metrics_equal_scikit_learn():
-    """Catches any difference from the peer, with classes never predicted, never gold, and invalid predictions."""
+    """Catches any difference from the peer: classes never gold or never predicted, invalid labels, any label order."""
     sklearn = pytest.importorskip("sklearn.metrics")
     rng = random.Random(0)
-    for _ in range(60):
-        n, names = rng.randint(1, 40), [f"label {i}" for i in range(rng.randint(2, 6))]
-        gold = rng.choices(names[: rng.randint(1, len(names))], k=n)
-        predicted = rng.choices([*names, "invalid", ""], k=n)
+    for case in range(400):
+        n, names = rng.randint(1, 60), [f"label {i}" for i in range(rng.randint(1, 7))]
+        gold = rng.choices(rng.sample(names, rng.randint(1, len(names))), k=n)
+        guesses = rng.choices(rng.sample([*names, "invalid", "", "Label 0"], rng.randint(1, len(names) + 3)), k=n)
+        predicted = [g if rng.random() < 0.5 else p for g, p in zip(gold, guesses, strict=True)]
+        rng.shuffle(names)
+        scores = per_class(gold, predicted, names)
         kwargs = {"labels": names, "zero_division": 0}
-        assert accuracy(gold, predicted) == pytest.approx(100 * sklearn.accuracy_score(gold, predicted))
-        expected = 100 * sklearn.f1_score(gold, predicted, average="macro", **kwargs)
-        assert macro_f1(gold, predicted, names) == pytest.approx(expected)
-        columns = sklearn.precision_recall_fscore_support(gold, predicted, **kwargs)
-        for label, *row in zip(names, *columns, strict=True):
-            scores = per_class(gold, predicted, names)[label]
-            assert list(scores.values()) == pytest.approx([100 * row[0], 100 * row[1], 100 * row[2], row[3]])
+        precision, recall, f1, support = sklearn.precision_recall_fscore_support(gold, predicted, **kwargs)
+        assert list(scores) == names
+        for key, values in {"precision": precision, "recall": recall, "f1": f1, "support": support / 100}.items():
+            assert [scores[name][key] for name in names] == pytest.approx(list(100 * values), abs=1e-9), key
+        assert macro_f1(gold, predicted, names) == pytest.approx(100 * f1.mean(), abs=1e-9)
+        if case % 10 == 0:  # scikit-learn is slow
+            expected = sklearn.f1_score(gold, predicted, average="macro", **kwargs)
+            assert macro_f1(gold, predicted, names) == pytest.approx(100 * expected, abs=1e-9)
+            assert accuracy(gold, predicted) == pytest.approx(100 * sklearn.accuracy_score(gold, predicted))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,19 +165,28 @@ def test_corpus_bleu_of_little_or_no_text(hypotheses, references, score):
 
 
 WORDS = (
-    "the a Go to ED now pain fever denies 3 3.5 1,000 1,000.50 24-hour 2-3 5. .5 , . ... !!! ?! (see) [x] {y} a/b "
-    "don't x-ray $5 50% #1 @home &amp; &quot;no&quot; &lt;b&gt; <skipped> é naïve 日本語 发烧。 حمى 🤒 ½ — “quoted” "
-    "\u00a0 a\u2028b wrap- tab\tbed _under_ ~ ` ^ | \\ * + = ; : co-operate- -lead 7-, 8.- 9,x x,9 x.9"
+    "the a Go to ED now pain fever denies 3 3.5 1,000 1,000.50 1.000,5 24-hour 2-3 -3 3-4 .5 5. 5, 1e-5 10% $3 7-, 8.- "
+    "9,x x,9 x.9 3.,4 1-,2 , . ... !!! ,,, --- -- ?! .,. 5... ...5 (see) [x] {y} a/b don't 'tis dogs' ''q'' x-ray #1 "
+    '@home _under_ ~ ` ^ | \\ * + = ; : co-operate- -lead "quoted" “quoted” ‘so’ &quot;no&quot; &lt;b&gt; &amp; '
+    "&amp;quot; &amp;amp; &amp;lt; &lt;skipped&gt; &quot &lt; &; & &amp &#39; &apos; &QUOT; &l<skipped>t; <skipped> "
+    "<skipped <skip<skipped>ped> <SKIPPED> é e\u0301 naïve 日本語 发烧。 ，！？（） ３．５ ٣,٥ ٣-٥ ½,² — – … حمى, "
+    "שלום. 🤒 👩\u200d⚕️ 🤒,🤒 wrap- -\n-\n --\n <skip-\nped> 3-\n4 3\n-4 a\n.b \n a\u00a0b 3\u00a0,5 a\u200bb \u200b, "
+    "\ufeffa a\u3000b a\u2028b -\u2028 a\u2029b tab\tbed a\x1cb \x1d. 5\x1e, \x1f a\x85b "
+    "a\x0bb a\x0cb a\r\nb -\r\n a\x00b"
 ).split(" ")
+SOUP = [*map(chr, range(32, 127)), *"\n\t.,-.,-0123 é中，。\u0301\u00a0\u200b\u2028\x1c", "-\n", "&amp;", "<skipped>"]
 
 
 def adversarial_pairs(n: int, seed: int) -> list[tuple[str, str]]:
-    """Hypothesis and reference from few, nasty words, the one often an edit of the other."""
+    """Hypothesis and reference from few, nasty words or characters, the one often an edit of the other."""
     rng = random.Random(seed)
 
     def text() -> str:
-        glue = rng.choice([" ", " ", " ", "", "\n", "-\n", "  "])
-        return glue.join(rng.choices(WORDS, k=rng.choice([0, 1, 1, 2, 3, 5, 8, 13, 21])))
+        if rng.random() < 0.15:
+            return "".join(rng.choices(SOUP, k=rng.randint(0, 40)))
+        glue = rng.choice([" ", " ", " ", " ", "", "\n", "-\n", "  ", "\u2028", " \t"])
+        words = rng.choices(rng.choice([WORDS, WORDS[:12]]), k=rng.choice([0, 1, 1, 2, 3, 4, 5, 8, 8, 13, 21]))
+        return rng.choice(["", "", " ", "\n"]) + glue.join(words) + rng.choice(["", "", " ", "\n", "-\n", "\x1f\u2028"])
 
     def edited(reference: str) -> str:
         words = reference.split(" ")
@@ -177,30 +195,40 @@ def adversarial_pairs(n: int, seed: int) -> list[tuple[str, str]]:
     pairs = []
     for _ in range(n):
         reference = text()
-        pairs.append((rng.choice([text, lambda r=reference: edited(r), lambda r=reference: r])(), reference))
+        edit = rng.choice([text, lambda r=reference: edited(r), lambda r=reference: edited(r), lambda r=reference: r])
+        pairs.append((edit(), reference))
     return pairs
 
 
+def test_tokens_equal_sacrebleu():
+    """Catches a token that differs from the peer's, in nasty texts and beside each of 13,000 characters."""
+    peer = pytest.importorskip("sacrebleu.tokenizers.tokenizer_13a").Tokenizer13a()
+    texts = [text for pair in adversarial_pairs(3000, seed=0) for text in pair] + WORDS
+    for c in map(chr, [*range(0x3100), *range(0xFE00, 0x10000), *range(0x1F600, 0x1F680)]):
+        texts.append(f"a{c}a 1{c}1 a{c}1 1{c}a {c} {c}{c} {c}.{c} {c}-{c}")
+    for text in texts:
+        assert tokenize_13a(text) == peer(text.rstrip()).split(), repr(text)  # BLEU() strips before it tokenizes
+
+
 def test_corpus_bleu_equals_sacrebleu():
-    """Catches any difference from the peer in tokens, clipping, smoothing or penalty: 2500 pairs and 100 pools."""
-    sacrebleu = pytest.importorskip("sacrebleu")
-    peer, pairs = sacrebleu.BLEU(), adversarial_pairs(2500, seed=0)
-    pools = [[pair] for pair in pairs] + [pairs[i : i + 25] for i in range(0, 2500, 25)]
-    for pool in pools:
-        hypotheses, references = map(list, zip(*pool, strict=True))
-        expected = peer.corpus_score(hypotheses, [references]).score
-        assert corpus_bleu(hypotheses, references) == pytest.approx(expected, abs=1e-6), pool
+    """Catches any difference from the peer in tokens, clipping, smoothing or penalty: 3000 pairs, alone and pooled."""
+    peer, pairs = pytest.importorskip("sacrebleu").corpus_bleu, adversarial_pairs(3000, seed=0)
+    for size in (1, 2, 10, 100, 3000):
+        for start in range(0, 3000, size):
+            hypotheses, references = map(list, zip(*pairs[start : start + size], strict=True))
+            expected = peer(hypotheses, [references], force=True).score  # force: no advice on tokenized texts
+            assert corpus_bleu(hypotheses, references) == pytest.approx(expected, abs=1e-6), (size, start)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_sentence_bleu_equals_nltk_method4():
-    """Catches any difference from the peer: same tokens, smoothing method 4, one-word and empty texts among them."""
+    """Catches any difference from the peer, on all texts of up to five words out of two and on 2000 nasty pairs."""
     nltk = pytest.importorskip("nltk.translate.bleu_score")
     method4 = nltk.SmoothingFunction().method4
-    for pair in adversarial_pairs(2000, seed=1):
-        hypothesis, reference = map(tokenize_13a, pair)
-        expected = 100 * nltk.sentence_bleu([reference], hypothesis, smoothing_function=method4)
-        assert sentence_bleu(hypothesis, reference) == pytest.approx(expected, abs=1e-6), pair
+    short = [list(words) for n in range(6) for words in itertools.product("ab", repeat=n)]
+    nasty = [[tokenize_13a(text) for text in pair] for pair in adversarial_pairs(2000, seed=1)]
+    for hypothesis, reference in [*itertools.product(short, short), *nasty]:
+        expected = 100 * nltk.sentence_bleu([reference], hypothesis, smoothing_function=method4)  # 0 for empty texts
+        assert sentence_bleu(hypothesis, reference) == pytest.approx(expected, abs=1e-9), (hypothesis, reference)
 
 
 def test_sentence_bleu_by_hand():
@@ -291,6 +319,20 @@ def test_interval_of_equal_values_has_no_width():
     assert bootstrap_interval(lambda rows: float(set(rows.tolist()) <= {0, 1, 2}), 3) == [1.0, 1.0]
 
 
+def test_mean_over_seeds_equals_scipys_t_test():
+    """Catches the normal's 1.96 in place of Student's t, n for n - 1, a one-sided p, and nan taken for a number."""
+    scipy_stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    for n in (2, 3, 5, 10, 40):
+        values = rng.normal(rng.normal(), 1, n)
+        ours, theirs = mean_over_seeds([*values, math.nan]), scipy_stats.ttest_1samp(values, 0)
+        assert ours["mean"] == pytest.approx(values.mean()) and ours["p"] == pytest.approx(theirs.pvalue, abs=1e-5)
+        assert ours["ci95"] == pytest.approx(list(theirs.confidence_interval(0.95)), rel=1e-4)
+    assert mean_over_seeds([3.0]) == {"mean": 3, "ci95": None, "p": None}
+    assert mean_over_seeds([math.nan]) == {"mean": None, "ci95": None, "p": None}
+    assert mean_over_seeds([1, 1, 1]) == {"mean": 1, "ci95": [1, 1], "p": 0}
+
+
 def test_ratio_is_of_sums():
     """Catches a mean of ratios: (1 + 30) / (1 + 10) tokens, not (1/1 + 30/10) / 2. No tokens at all give 0."""
     scores = ratio_and_interval("nll", np.array([1.0, 30.0]), np.array([1, 10]))
@@ -365,6 +407,10 @@ def test_sides_of_different_length_are_an_error():
             call()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# BERTScore.
+
+
 def test_bertscore_by_hand() -> None:
     """Catches precision and recall swapped, a match that is not the nearest, and a scale of 0-1."""
     east, north, both = [1.0, 0.0], [0.0, 2.0], [3.0, 3.0]  # cosines: east.north 0, both with either 0.7071
@@ -374,4 +420,82 @@ def test_bertscore_by_hand() -> None:
     assert bertscore(np.array([both]), reference)[1] == pytest.approx(70.71067811865476)
     weighted = bertscore(hypothesis, reference, None, np.array([3.0, 1.0]))
     assert weighted[1] == pytest.approx(75)  # idf: (3 * 1 + 1 * 0) / 4
-    assert bertscore(np.zeros((0, 2)), reference) == (0, 0, 0)
+    assert bertscore(np.zeros((0, 2)), reference) == bertscore(reference, reference, np.zeros(2)) == (0, 0, 0)
+
+
+def package_bertscore(batch: list[tuple]) -> np.ndarray:
+    """Precision, recall, F1 (B, 3), 0-100, of the bert-score package for [(hypothesis, reference, their weights), ...].
+
+    It pads each side with vectors of no meaning, mask 0 and weight 0, as the package does with [PAD].
+    """
+
+    def padded(vectors, weights):
+        rows = [torch.tensor(v) for v in vectors]  # copies: the package writes into them
+        masks = [torch.ones(len(v)) for v in rows]
+        idf = [m.double() if w is None else torch.tensor(w) for m, w in zip(masks, weights, strict=True)]
+        return pad_sequence(rows, True, 1.0), pad_sequence(masks, True), pad_sequence(idf, True)
+
+    hypotheses, references, hypothesis_weights, reference_weights = zip(*batch, strict=True)
+    match = pytest.importorskip("bert_score.utils").greedy_cos_idf
+    scores = match(*padded(references, reference_weights), *padded(hypotheses, hypothesis_weights))
+    return 100 * torch.stack(scores, 1).numpy()
+
+
+def test_bertscore_equals_package_pair_by_pair():
+    """Catches any difference from the peer: 600 pairs of all lengths, cosines of both signs, with and without idf."""
+    rng, lowest = np.random.default_rng(0), 0.0
+    for _ in range(600):
+        (n, m), d = rng.integers(1, 25, 2), rng.integers(1, 40)
+        hypothesis, reference = rng.normal(rng.choice([-1, 0, 1]), 1, (n, d)), rng.normal(0.5, 2, (m, d))
+        weights = [rng.exponential(size=length) if rng.random() < 0.5 else None for length in (n, m)]
+        scores = bertscore(hypothesis, reference, *weights)
+        (expected,) = package_bertscore([(hypothesis, reference, *weights)])
+        first = 2 if 2 in (n, m) else 0  # the package takes two tokens for [CLS] [SEP] alone: only its F1 is right
+        assert scores[first:] == pytest.approx(expected[first:], abs=1e-5), (n, m, d)
+        lowest = min(lowest, *scores[:2])
+    assert lowest < -10
+
+
+def test_bertscore_equals_package_in_padded_batches():
+    """Catches a score that depends on the weights' scale, or where [CLS] and [SEP] count; all cosines are positive."""
+    rng = np.random.default_rng(1)
+    for _ in range(40):
+        size, d = rng.integers(1, 17), rng.integers(2, 40)
+        batch = []
+        for _ in range(size):
+            sides = [rng.random((length, d)) + 0.01 for length in rng.integers(3, 25, 2)]
+            weights = [rng.choice([1, 7]) * rng.choice([np.ones(len(v)), rng.exponential(size=len(v))]) for v in sides]
+            for w in weights:
+                w[[0, -1]] = 0  # [CLS] and [SEP], which may be matched but do not count
+            batch.append((*sides, *weights))
+        expected = package_bertscore(batch)
+        assert np.array([bertscore(*pair) for pair in batch]) == pytest.approx(expected, abs=1e-5)
+
+
+class WordTokenizer:
+    """As much of a tokenizer as get_idf_dict asks for: [CLS], the words' numbers, [SEP]."""
+
+    model_max_length = 512
+
+    def encode(self, text: str, **_) -> list[int]:
+        return [0, *map(int, text.split()), 1]
+
+
+def test_bertscore_equals_package_with_its_own_idf():
+    """Catches idf weights of the wrong side or token: the package's own, log((N + 1) / (df + 1))."""
+    utils, tokenizer, rng = pytest.importorskip("bert_score.utils"), WordTokenizer(), np.random.default_rng(2)
+    zipf = 1 / np.arange(1, 201)
+    texts = [rng.choice(np.arange(2, 202), size=rng.integers(3, 30), p=zipf / zipf.sum()) for _ in range(400)]
+    hypotheses, references = ([" ".join(map(str, text)) for text in texts[i::2]] for i in range(2))
+    idf = utils.get_idf_dict(references, tokenizer, nthreads=0)
+    df = sum("2" in text.split() for text in references)  # the most frequent word
+    assert idf[2] == pytest.approx(math.log(201 / (df + 1))) and 0 < idf[2] < 1 < idf[-1] == math.log(201)
+    vocabulary = rng.random((202, 16)) + 0.01
+    batch = []
+    for pair in zip(hypotheses, references, strict=True):
+        ids = [tokenizer.encode(text) for text in pair]
+        vectors = [vocabulary[side] + 0.2 * rng.random((len(side), 16)) for side in ids]  # a word in its context
+        batch.append((*vectors, *(np.array([idf[i] for i in side]) for side in ids)))
+    scores = np.array([bertscore(*pair) for pair in batch])
+    assert scores == pytest.approx(package_bertscore(batch), abs=1e-5)
+    assert np.abs(scores - [bertscore(*pair[:2]) for pair in batch]).max() > 0.5  # idf does matter here

@@ -161,7 +161,7 @@ def test_target_stays_gold_whatever_the_label_in_the_prompt(tmp_path: Path, monk
     seen = []
     one = tiny_run(tmp_path, warmup=0.0, ramp=0.0, cap=1.0)
     monkeypatch.setattr(r2d, "predict_labels", lambda run, questions: ["home care"] * len(questions))
-    decode = one.tokenizer.decode
+    decode = one.prompts.tokenizer.decode
 
     def spy(run: r2d.Run, sources: list[list[int]], targets: list[list[int]]) -> torch.Tensor:
         seen.append([(decode(s), decode(t)) for s, t in zip(sources, targets, strict=True)])
