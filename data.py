@@ -338,57 +338,53 @@ class InputError(ValueError):
     """What the user gave cannot be used. The message is one line: what, where, how to mend it."""
 
 
+def need(condition: object, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
 def make_example(record: object, where: str) -> Example:
     """A record with the three columns -> Example. The rationale may be empty (it is then never trained on or scored).
 
     Raises InputError if the record is no object, a column is missing, a value is no string, or question or label is empty.
     """
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: expected an object with {', '.join(COLUMNS)}, found {type(record).__name__}")
+    need(isinstance(record, dict), f"{where}: expected an object with {', '.join(COLUMNS)}")
     for column in COLUMNS:
-        if column not in record:
-            raise InputError(f"{where}: no '{column}'; each record needs {', '.join(COLUMNS)}")
-        if not isinstance(record[column], str):
-            kind = type(record[column]).__name__
-            raise InputError(f"{where}: '{column}' must be text, found {kind}; write it in quotes")
-        if any("\ud800" <= char <= "\udfff" for char in record[column]):
-            raise InputError(f"{where}: '{column}' holds half a character (a lone surrogate); delete it")
-        if column != "rationale" and not record[column].strip():
-            raise InputError(f"{where}: '{column}' is empty; fill it in or delete the record")
+        need(column in record, f"{where}: no '{column}'; each record needs {', '.join(COLUMNS)}")
+        text, kind = record[column], type(record[column]).__name__
+        need(isinstance(text, str), f"{where}: '{column}' must be text, found {kind}; write it in quotes")
+        halves = any("\ud800" <= char <= "\udfff" for char in text)
+        need(not halves, f"{where}: '{column}' holds half a character (a lone surrogate); delete it")
+        filled = column == "rationale" or text.strip()
+        need(filled, f"{where}: '{column}' is empty; fill it in or delete the record")
     return Example(*(record[column].strip() for column in COLUMNS))
 
 
 def pubmedqa_record(record: dict, where: str) -> Example:
     """PubMedQA (Jin et al. 2019): question and abstract -> yes, no or maybe; the long answer is the rationale."""
     for key in ("QUESTION", "CONTEXTS", "final_decision", "LONG_ANSWER"):
-        if key not in record:
-            raise InputError(f"{where}: no '{key}'; this reader takes PubMedQA's ori_pqal.json unchanged")
-    contexts = record["CONTEXTS"]
-    if not (isinstance(contexts, list) and all(isinstance(text, str) for text in [record["QUESTION"], *contexts])):
-        raise InputError(f"{where}: 'QUESTION' must be text and 'CONTEXTS' a list of texts")
-    question = " ".join([record["QUESTION"], *contexts])
-    return make_example(
-        dict(zip(COLUMNS, (question, record["final_decision"], record["LONG_ANSWER"]), strict=True)), where
-    )
+        need(key in record, f"{where}: no '{key}'; this reader takes PubMedQA's ori_pqal.json unchanged")
+    texts = [record["QUESTION"], *record["CONTEXTS"]] if isinstance(record["CONTEXTS"], list) else [None]
+    are_texts = all(isinstance(text, str) for text in texts)
+    need(are_texts, f"{where}: 'QUESTION' must be text and 'CONTEXTS' a list of texts")
+    values = (" ".join(texts), record["final_decision"], record["LONG_ANSWER"])
+    return make_example(dict(zip(COLUMNS, values, strict=True)), where)
 
 
 def read_bioasq(questions: object, path: Path) -> list[Example]:
     """BioASQ Task B: the yes/no questions with their snippets; the first ideal answer is the rationale."""
-    if not isinstance(questions, list):
-        raise InputError(f"{path}: 'questions' must be a list; this reader takes BioASQ's Task B file unchanged")
+    unchanged = "this reader takes BioASQ's Task B file unchanged"
+    need(isinstance(questions, list), f"{path}: 'questions' must be a list; {unchanged}")
     examples = []
     for i, item in enumerate(questions):
         where = f"{path}: question {i + 1}"
-        if not isinstance(item, dict) or not isinstance(item.get("body"), str):
-            raise InputError(f"{where}: no 'body'; this reader takes BioASQ's Task B file unchanged")
+        need(isinstance(item, dict) and isinstance(item.get("body"), str), f"{where}: no 'body'; {unchanged}")
         if item.get("type") != "yesno":
             continue
-        snippets, ideal = item.get("snippets", []), item.get("ideal_answer", "")
-        if not isinstance(snippets, list) or not all(
-            isinstance(s, dict) and isinstance(s.get("text"), str) for s in snippets
-        ):
-            raise InputError(f"{where}: 'snippets' must be a list of objects with a 'text'")
-        answer = item.get("exact_answer")
+        snippets, ideal, answer = item.get("snippets", []), item.get("ideal_answer", ""), item.get("exact_answer")
+        snippets = snippets if isinstance(snippets, list) else [None]
+        are_texts = all(isinstance(s, dict) and isinstance(s.get("text"), str) for s in snippets)
+        need(are_texts, f"{where}: 'snippets' must be a list of objects with a 'text'")
         record = {"question": " ".join([item["body"], *(s["text"] for s in snippets)])}
         record["label"] = answer.lower() if isinstance(answer, str) else answer
         record["rationale"] = (ideal or [""])[0] if isinstance(ideal, list) else ideal
@@ -398,9 +394,7 @@ def read_bioasq(questions: object, path: Path) -> list[Example]:
 
 def read_text(path: Path) -> str:
     try:
-        return path.read_text(
-            encoding="utf-8-sig"
-        )  # -sig: the byte order mark that Excel writes is no part of the text
+        return path.read_text(encoding="utf-8-sig")  # -sig: Excel's byte order mark is no part of the text
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}; check the path given to --data") from None
     except UnicodeDecodeError as e:
@@ -409,10 +403,8 @@ def read_text(path: Path) -> str:
 
 def parse_json(text: str, where: str) -> object:
     def unique(pairs: list) -> dict:  # json keeps the last of two equal keys, silently
-        record = dict(pairs)
-        if len(record) < len(pairs):
-            raise InputError(f"{where}: a key occurs twice in one object; delete one of them")
-        return record
+        need(len(dict(pairs)) == len(pairs), f"{where}: a key occurs twice in one object; delete one of them")
+        return dict(pairs)
 
     try:
         return json.loads(text, object_pairs_hook=unique)
@@ -427,35 +419,28 @@ def parse_json(text: str, where: str) -> object:
 
 def read_csv(text: str, path: Path) -> list[Example]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader, rows = csv.DictReader(io.StringIO(text, newline=""), strict=True), []
     try:
-        if len(set(reader.fieldnames or [])) < len(reader.fieldnames or []):
-            raise InputError(f"{path}: line 1: a column occurs twice; delete or rename one of them")
-        missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
-        if missing:
-            raise InputError(
-                f"{path}: line 1: no column '{missing[0]}'; the header must name {','.join(COLUMNS)}, with commas"
-            )
-        rows = []
+        names = reader.fieldnames or []
+        need(len(set(names)) == len(names), f"{path}: line 1: a column occurs twice; delete or rename one of them")
+        for column in COLUMNS:
+            header = f"the header must name {','.join(COLUMNS)}, with commas"
+            need(column in names, f"{path}: line 1: no column '{column}'; {header}")
         for row in reader:
-            where = f"{path}: line {reader.line_num}"
-            if None in row or None in row.values():
-                raise InputError(
-                    f"{where}: {'more' if None in row else 'fewer'} fields than the header; quote texts with commas"
-                )
+            where, more = f"{path}: line {reader.line_num}", None in row
+            wrong = f"{where}: {'more' if more else 'fewer'} fields than the header; quote texts with commas"
+            need(not more and None not in row.values(), wrong)
             rows.append(make_example(row, where))
         return rows
     except csv.Error as e:
-        raise InputError(
-            f"{path}: line {reader.line_num}: not valid CSV ({e}); quote texts that hold quotes or commas"
-        ) from None
+        where = f"{path}: line {reader.line_num}"
+        raise InputError(f"{where}: not valid CSV ({e}); quote texts that hold quotes or commas") from None
 
 
 def read_file(path: Path) -> tuple[list[Example], list[str] | None]:
     """The examples of one file, and for PubMedQA their ids. Raises InputError."""
     text = read_text(path)
-    if not text.strip():
-        raise InputError(f"{path}: the file is empty; it needs records with {', '.join(COLUMNS)}")
+    need(text.strip(), f"{path}: the file is empty; it needs records with {', '.join(COLUMNS)}")
     if text.lstrip()[0] not in "{[":
         return read_csv(text, path), None
     lines = [(f"{path}: line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -478,9 +463,8 @@ def read_splits(path: Path, seed: int) -> list[list[Example]]:
         splits = []
         for split in ("train", "val", "test"):
             found = [path / f"{split}{suffix}" for suffix in (".jsonl", ".csv") if (path / f"{split}{suffix}").exists()]
-            if len(found) != 1:
-                both = f"both {split}.jsonl and" if found else f"neither {split}.jsonl nor"
-                raise InputError(f"{path}: {both} {split}.csv; it needs one of them")
+            both = f"both {split}.jsonl and" if found else f"neither {split}.jsonl nor"
+            need(len(found) == 1, f"{path}: {both} {split}.csv; it needs one of them")
             splits.append(read_file(found[0])[0])
         return splits
     examples, ids = read_file(path)
@@ -504,16 +488,13 @@ def load_data(source: str, seed: int, limit: int | None, rationales: str, stage1
         return simulate(n, seed, rationales, stage1_rationales)
     train, val, test = (split[:limit] for split in read_splits(Path(source), seed))
     for name, split in (("train", train), ("val", val), ("test", test)):
-        if not split:
-            raise InputError(f"{source}: the {name} split is empty; it needs at least one record")
+        need(split, f"{source}: the {name} split is empty; it needs at least one record")
     labels = [label for label, _ in Counter(example.label for example in train + val + test).most_common()]
     alike = Counter(" ".join(label.lower().split()) for label in labels).most_common(1)[0]
-    if alike[1] > 1:
-        raise InputError(
-            f"{source}: labels that differ only by case or spaces, like '{alike[0]}'; spell each label one way"
-        )
-    if len(set(example.label for example in train)) < 2:
-        raise InputError(f"{source}: the train split has one label, '{train[0].label}'; it needs at least two")
+    like = f"labels that differ only by case or spaces, like '{alike[0]}'"
+    need(alike[1] == 1, f"{source}: {like}; spell each label one way")
+    one = f"{source}: the train split has one label, '{train[0].label}'; it needs at least two"
+    need(len({example.label for example in train}) > 1, one)
     return Dataset(train, val, test, labels, train, val)
 
 

@@ -291,13 +291,13 @@ WEIGHT_FILES = (
 )
 
 
-def read_t5_config(path: Path) -> ModelConfig:
+def read_t5_config(path: Path, dropout: float = 0.0) -> ModelConfig:
     """The shape that a config.json describes. Raises ValueError if it is none of T5's, or not there."""
     try:
         c = {"feed_forward_proj": "relu", "layer_norm_epsilon": 1e-6, "decoder_start_token_id": 0}
-        c |= json.loads(path.read_text(encoding="utf-8"))
+        c = {**c, "num_decoder_layers": None, **json.loads(path.read_text(encoding="utf-8"))}
         sizes = [c[key] for key in ("vocab_size", "d_model", "num_heads", "d_kv", "d_ff", "num_layers")]
-        sizes.append(c.get("num_decoder_layers") or c["num_layers"])
+        sizes.append(c["num_layers"] if c["num_decoder_layers"] is None else c["num_decoder_layers"])
         buckets = [c["relative_attention_num_buckets"], c.get("relative_attention_max_distance", 128)]
         fixed = {
             "model_type": ("t5", "mt5"),
@@ -308,16 +308,18 @@ def read_t5_config(path: Path) -> ModelConfig:
         for key, allowed in fixed.items():
             if c[key] not in allowed:
                 raise ValueError(f"{key} is {c[key]!r}, and only {' or '.join(map(repr, allowed))} can be loaded")
-        if not all(type(size) is int and size > 0 for size in sizes + buckets):
-            raise ValueError("a size is not a whole number above 0")
+        if not all(type(size) is int and 0 < size < 2**24 for size in sizes + buckets):
+            raise ValueError("a size is not a whole number from 1 to 2^24")
+        if buckets[0] < 4 or buckets[1] <= buckets[0] // 2:
+            raise ValueError(f"{buckets[0]} relative position buckets up to distance {buckets[1]}: too few or too near")
         gated, tied = c["feed_forward_proj"] == "gated-gelu", bool(c.get("tie_word_embeddings", True))
         scaled = bool(c.get("scale_decoder_outputs", tied))  # a key of transformers 5; before, tied said both
-        return ModelConfig(*sizes, float(c.get("dropout_rate", 0.1)), *buckets, gated, tied, scaled)
+        return ModelConfig(*sizes, dropout, *buckets, gated, tied, scaled)
     except OSError as e:
         raise ValueError(f"{path}: {e.strerror}; a T5 folder holds config.json, spiece.model and weights") from None
     except KeyError as e:
         raise ValueError(f"{path}: no {e}; give the config.json of a T5 checkpoint, unchanged") from None
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, RecursionError) as e:
         raise ValueError(f"{path}: not the config.json of a T5 checkpoint: {e}") from None
 
 
@@ -329,8 +331,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
             return load_file(file)
         weights = torch.load(file, map_location="cpu", weights_only=True)
-        if not all(isinstance(weight, Tensor) for weight in weights.values()):
-            raise TypeError("something else than tensors")
+        if not all(w.is_floating_point() and w.layout is torch.strided for w in weights.values()):
+            raise TypeError("something else than weights")
         return weights
     except ImportError:
         raise ValueError(f"{file}: this format needs one more package: pip install safetensors") from None
@@ -364,7 +366,7 @@ def load_t5(folder: Path, dropout: float = 0.0) -> Transformer:
 
     Raises ValueError for a weight that is missing, left over, or of another shape than config.json says, by its name.
     """
-    config = replace(read_t5_config(folder / "config.json"), dropout=dropout)
+    config = read_t5_config(folder / "config.json", dropout)
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
     if path is None:
         raise ValueError(f"{folder}: no weights; it needs one of {', '.join(WEIGHT_FILES)}")
@@ -372,10 +374,10 @@ def load_t5(folder: Path, dropout: float = 0.0) -> Transformer:
     if path.suffix == ".json":
         try:
             files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path}: not an index of weight files; fetch it again") from None
     for file in files:
-        if Path(file).name != file:  # an index from a stranger
+        if not isinstance(file, str) or Path(file).name != file:  # an index from a stranger
             raise ValueError(f"{path}: names the file {file!r}, which is not beside it")
         found |= read_weights(folder / file)
     # Names that T5 files may hold besides: copies of the embedding, and a bias of v1.0 that no layer uses.
@@ -402,6 +404,6 @@ def load_t5(folder: Path, dropout: float = 0.0) -> Transformer:
                 raise ValueError(f"{path}: the weight {t5_name} {was}")
         state[name] = torch.cat([found.pop(t5_name) for t5_name in names]).float()
     if found:
-        raise ValueError(f"{path}: the weight {min(found)} has no place in a T5 of this config.json")
+        raise ValueError(f"{path}: the weight {min(map(str, found))!r} has no place in a T5 of this config.json")
     model.load_state_dict(state, assign=True)
     return model

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_r2d import lines, same_state
 
 import data
 import metrics
 import r2d
 from model import ModelConfig, Transformer, load_t5, t5_names
-from test_r2d import lines, same_state
 
 STEPS = "--limit 48 --stage1-steps 4 --stage2-steps 8 --eval-every 4 --batch-size 8 --max-target 24".split()
 TINY = [*STEPS, *"--width 16 --heads 2 --layers 1 --vocab-size 400".split()]
@@ -66,7 +66,7 @@ def test_init_eval_scores_the_weights_as_they_are(t5: Path, tmp_path: Path) -> N
     assert not list(out.glob("*.pt")) and read(out / "metrics.json")["updates"] == 0
     tokenizer, model = data.Tokenizer.load(t5 / "spiece.model"), load_t5(t5).eval()
     row = lines(out / "predictions.jsonl")[0]
-    source = tokenizer.encode(f"predict: {row['question']}") + [1]
+    source = [*tokenizer.encode(f"predict: {row['question']}"), 1]
     longest = max(len(tokenizer.encode(label)) + 1 for label in data.DISPOSITIONS)
     assert row["predicted_label"] == tokenizer.decode(model.generate(torch.tensor([source]), longest)[0].tolist())
     assert r2d.main(["--out", str(out), "--stage", "1"]) == 0  # and training can still begin from there

@@ -224,8 +224,8 @@ def test_every_published_size(tmp_path, name):
 # ---------------------------------------------------------------------------------------------------------------------
 # config.json.
 
-READ = ModelConfig(140, 40, 3, 8, 48, n_encoder_layers=2, n_decoder_layers=2, dropout=0.1, n_buckets=32)
-READ_V11 = ModelConfig(140, 40, 3, 8, 48, 2, 3, 0.1, 32, 128, gated=True, tied=False, scaled=False)
+READ = ModelConfig(140, 40, 3, 8, 48, n_encoder_layers=2, n_decoder_layers=2, dropout=0.0, n_buckets=32)
+READ_V11 = ModelConfig(140, 40, 3, 8, 48, 2, 3, 0.0, 32, 128, gated=True, tied=False, scaled=False)
 
 
 @pytest.mark.parametrize(
@@ -235,12 +235,12 @@ READ_V11 = ModelConfig(140, 40, 3, 8, 48, 2, 3, 0.1, 32, 128, gated=True, tied=F
         (V11, READ_V11),
         (V11 | {"model_type": "mt5"}, READ_V11),
         (V10 | {"feed_forward_proj": "relu", "tie_word_embeddings": True, "num_decoder_layers": None}, READ),
-        (V10 | {"relative_attention_num_buckets": 16, "relative_attention_max_distance": 20, "dropout_rate": 0},
+        (V10 | {"relative_attention_num_buckets": 16, "relative_attention_max_distance": 20},
          ModelConfig(140, 40, 3, 8, 48, 2, 2, dropout=0.0, n_buckets=16, max_distance=20)),
         (V11 | {"tie_word_embeddings": True, "scale_decoder_outputs": False},
-         ModelConfig(140, 40, 3, 8, 48, 2, 3, 0.1, 32, 128, gated=True, tied=True, scaled=False)),
+         ModelConfig(140, 40, 3, 8, 48, 2, 3, 0.0, 32, 128, gated=True, tied=True, scaled=False)),
         (V11 | {"scale_decoder_outputs": True},
-         ModelConfig(140, 40, 3, 8, 48, 2, 3, 0.1, 32, 128, gated=True, tied=False, scaled=True)),
+         ModelConfig(140, 40, 3, 8, 48, 2, 3, 0.0, 32, 128, gated=True, tied=False, scaled=True)),
     ],
     ids=["v1.0", "v1.1", "mt5", "defaults-named", "other-numbers", "transformers-5", "scaled-untied"],
 )  # fmt: skip
@@ -288,12 +288,28 @@ def test_a_missing_key_is_refused_by_name(tmp_path, key):
 @pytest.mark.parametrize("key", SIZE_KEYS)
 def test_a_size_that_is_no_whole_number_above_0_is_refused(tmp_path, key):
     """Catches a model of no layers, or a crash deep inside torch."""
-    for value in ("32", True, -1, 32.0, [32], *([0, None] if key != "num_decoder_layers" else [])):  # null: as many
+    for value in (
+        "32",
+        True,
+        0,
+        -1,
+        32.0,
+        [32],
+        10**30,
+        *([None] if key != "num_decoder_layers" else []),
+    ):
         refusal(write_config(tmp_path, V11 | {key: value}), "config.json", "size")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The ways that weights are stored.
+
+
+@pytest.mark.parametrize(("buckets", "distance"), [(1, 128), (3, 128), (32, 16), (16, 4)])
+def test_buckets_that_divide_by_zero_are_refused(tmp_path, buckets, distance):
+    """Catches a ZeroDivisionError in the first forward pass."""
+    config = V10 | {"relative_attention_num_buckets": buckets, "relative_attention_max_distance": distance}
+    refusal(write_config(tmp_path, config), "config.json", "buckets")
 
 
 def as_bin(folder: Path, weights: dict[str, Tensor]) -> None:
@@ -540,10 +556,16 @@ def test_a_bin_of_something_else_is_refused(tmp_path, content):
         refusal(write_bin(tmp_path, random_weights() | content), "pytorch_model.bin", "cannot be read as weights")
 
 
-@pytest.mark.parametrize("index", [[], {}, None, "weight_map", {"weight_map": ["a"]}, {"weight_map": {"a": ["b.bin"]}}])
+@pytest.mark.parametrize("index", [[], {}, None, "weight_map", {"weight_map": ["a"]}, {"weight_map": {"a": ["b"]}}])
 def test_an_index_that_is_none_is_refused(tmp_path, index):
     """Catches a traceback for an index of another form."""
     refusal(write_index(tmp_path, index), "pytorch_model.bin.index.json", "not an index")
+
+
+@pytest.mark.parametrize("name", [1, None])
+def test_an_index_of_names_that_are_no_text_is_refused(tmp_path, name):
+    """Catches a TypeError from the path of a file whose name is a number."""
+    refusal(write_index(tmp_path, {"weight_map": {"a": name}}), "pytorch_model.bin.index.json", "not beside it")
 
 
 def test_an_index_that_is_not_json_is_refused(tmp_path):
