@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import data
 import metrics
-from data import EXPLAIN, EXPLAIN_GIVEN, PREDICT, Dataset, Example, InputError, Prompts, Tokenizer
+from data import EXPLAIN, EXPLAIN_GIVEN, PREDICT, Dataset, Example, InputError, Prompts, Tokenizer, need
 from model import ModelConfig, Transformer, load_t5
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -694,33 +694,27 @@ def check(o: Options) -> None:
         "max_source": (32, 10**5), "max_target": (2, 10**5), "limit": (1, 10**9),
     }  # fmt: skip
     for name, (low, high) in ranges.items():
-        value = getattr(o, name)
-        if value is not None and not low <= value <= high:  # not: nan is refused as well
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}")
-    if o.warmup + o.ramp > 1:
-        raise InputError(f"--warmup {o.warmup} and --ramp {o.ramp}: together they must not pass 1, the end of stage 2")
-    if o.width % o.heads:
-        raise InputError(f"--width {o.width}: must be a multiple of --heads {o.heads}")
-    if o.eval + o.fresh + (o.ask is not None) > 1:
-        raise InputError("--eval, --ask and --fresh: give one of them")
-    if o.ask is not None and not o.ask.strip():
-        raise InputError("--ask: the text is empty; give the note in quotes")
-    if o.data != "triage" and (o.rationales, o.stage1_rationales) != ("llm", "llm"):
-        raise InputError("--rationales and --stage1-rationales are for --data triage; other data has one source")
-    if o.method == "zeroshot" and (o.stage == 1 or o.eval or o.ask or o.init or not (o.llm and o.llm_model)):
-        raise InputError(
-            "--method zeroshot: needs --llm URL and --llm-model NAME, and no --stage 1, --eval, --ask or --init"
-        )
-    if o.method != "zeroshot" and (o.llm or o.llm_model):
-        raise InputError("--llm and --llm-model are for --method zeroshot; the judge of rationales is --judge")
-    if o.seeds and not o.compare:
-        raise InputError("--seeds: for --compare METHOD ...; one run takes --seed N")
-    if (o.judge is None) != (o.judge_model is None):
-        raise InputError("--judge URL and --judge-model NAME: give both")
+        value, flag = getattr(o, name), name.replace("_", "-")
+        need(value is None or low <= value <= high, f"--{flag} {value}: must be between {low} and {high}")  # nor nan
+    zeroshot, several = o.method == "zeroshot", o.data == "triage" or o.rationales == o.stage1_rationales == "llm"
+    alone = not (o.stage == 1 or o.eval or o.ask or o.init)
+    rules = {
+        f"--warmup {o.warmup} and --ramp {o.ramp}: together they must not pass 1": o.warmup + o.ramp <= 1,
+        f"--width {o.width}: must be a multiple of --heads {o.heads}": o.width % o.heads == 0,
+        "--eval, --ask and --fresh: give one of them": o.eval + o.fresh + (o.ask is not None) <= 1,
+        "--ask: the text is empty; give the note in quotes": o.ask is None or o.ask.strip(),
+        "--rationales and --stage1-rationales: only --data triage has several sources": several,
+        "--method zeroshot: needs --llm URL and --llm-model NAME": not zeroshot or (o.llm and o.llm_model),
+        "--method zeroshot: trains nothing; leave out --stage 1, --eval, --ask and --init": not zeroshot or alone,
+        "--llm and --llm-model: are for --method zeroshot": zeroshot or not (o.llm or o.llm_model),
+        "--seeds: is for --compare METHOD ...; one run takes --seed N": o.compare or not o.seeds,
+        "--judge URL and --judge-model NAME: give both": (o.judge is None) == (o.judge_model is None),
+        f"--bertscore {o.bertscore}: no such folder": o.bertscore is None or Path(o.bertscore).is_dir(),
+    }
+    for message, holds in rules.items():
+        need(holds, message)
     for url in filter(None, (o.judge, o.llm)):
         metrics.Chat(url, "", Path(os.devnull))  # raises ConnectionError for what is no URL, before anything is trained
-    if o.bertscore and not Path(o.bertscore).is_dir():
-        raise InputError(f"--bertscore {o.bertscore}: no such folder; give a T5 checkpoint as Hugging Face has it")
 
 
 def read_config(out: Path) -> dict:
@@ -731,9 +725,8 @@ def read_config(out: Path) -> dict:
             raise ValueError
         return saved | {"model": saved["model"] and asdict(ModelConfig(**saved["model"]))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(
-            f"{out / 'config.json'}: not a file of this version of the program; give another --out"
-        ) from None
+        path = out / "config.json"
+        raise InputError(f"{path}: not a file of this version of the program; give another --out") from None
 
 
 def settle_options(given: dict) -> Options:
@@ -747,8 +740,7 @@ def settle_options(given: dict) -> Options:
             raise InputError(f"{was}; give another --out, or --fresh to start over")
     shape = [f"--{name.replace('_', '-')}" for name in ("width", "layers", "heads", "vocab_size") if name in given]
     options = Options(**{**saved, **given})
-    if options.init and shape:
-        raise InputError(f"{shape[0]}: the checkpoint of --init has its own shape; leave it out")
+    need(not (options.init and shape), f"{' '.join(shape)}: the checkpoint of --init has its own shape; leave it out")
     check(options)
     return options
 
@@ -760,9 +752,8 @@ def load_pretrained(folder: str, dropout: float = 0.0) -> tuple[Transformer, Tok
         model = load_t5(Path(folder), dropout)
     except ValueError as e:
         raise InputError(str(e)) from None
-    if len(tokenizer) > model.config.vocab_size:
-        size = f"{len(tokenizer)} pieces, and the weights have {model.config.vocab_size}"
-        raise InputError(f"{folder}: spiece.model has {size}; they belong to different checkpoints")
+    size, known = model.config.vocab_size, len(tokenizer)
+    need(known <= size, f"{folder}: spiece.model has {known} pieces for weights of {size}; it is another checkpoint's")
     return model, tokenizer
 
 
@@ -771,14 +762,14 @@ def prepare(o: Options, labels: list[str] | None = None) -> Run:
     out, device = Path(o.out), o.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device != "cpu" and not getattr(torch, device).is_available():
-        raise InputError(f"--device {device}: this machine has none; use --device cpu")
+    there = device == "cpu" or getattr(torch, device).is_available()
+    need(there, f"--device {device}: this machine has none; use --device cpu")
     if labels:
         dataset = Dataset([], [], [], labels, [], [])
     else:
         dataset = data.load_data(o.data, o.seed, o.limit, o.rationales, o.stage1_rationales)
-        if o.method != "sft" and not any(e.rationale for e in dataset.train):
-            raise InputError(f"{o.data}: no train example has a rationale; fill the column, or use --method sft")
+        some = o.method == "sft" or any(e.rationale for e in dataset.train)
+        need(some, f"{o.data}: no train example has a rationale; fill the column, or use --method sft")
     epoch = max(len(dataset.train) // o.batch_size, 1)
     stage1 = o.stage1_steps or min(200, 20 * epoch)
     stage2 = o.stage2_steps or min(1200, 20 * epoch) + stage1 * (not o.has_stage1)  # equal budgets: stage 1's go there
@@ -801,10 +792,10 @@ def prepare(o: Options, labels: list[str] | None = None) -> Run:
         model = Transformer(config)
     prompts = Prompts(tokenizer, o.max_source, o.max_target)
     for label in dataset.labels:
-        if tokenizer.decode(prompts.target(label)) != label:
-            raise InputError(f"{o.data}: the tokenizer cannot write the label {label!r}; rename it")
-        if len(prompts.ids(EXPLAIN_GIVEN.format(label=label))) > o.max_source // 2:
-            raise InputError(f"{o.data}: the label {label!r} fills half of a prompt; rename it or raise --max-source")
+        same = tokenizer.decode(prompts.target(label)) == label
+        need(same, f"{o.data}: the tokenizer cannot write the label {label!r}; rename it")
+        short = len(prompts.ids(EXPLAIN_GIVEN.format(label=label))) <= o.max_source // 2
+        need(short, f"{o.data}: the label {label!r} fills half of a prompt; rename it or raise --max-source")
     return Run(o, dataset, prompts, model.to(device), device)
 
 
@@ -892,14 +883,14 @@ def compare(given: dict) -> None:
     """Every method of --compare on every seed, a folder each; finished runs are skipped. Writes compare.json."""
     items, seeds = dict.fromkeys(given.pop("compare")), list(dict.fromkeys(given.pop("seeds", range(5))))
     out, plan = Path(given.pop("out", "compare")), []
-    if refused := {"seed", "method", "ask", "stage"} & given.keys():
-        raise InputError(f"--{min(refused)}: not together with --compare METHOD ... --seeds N ...")
+    refused = sorted({"seed", "method", "ask", "stage"} & given.keys())
+    need(not refused, f"--{' --'.join(refused)}: not together with --compare METHOD ... --seeds N ...")
     for seed in seeds:
         for item in items:
             method, *changes = item.split(",")
             own = parse_options(["--method", method, *(f"--{change}" for change in changes)])
-            if wrong := own.keys() & (FREE | {"seed"}):
-                raise InputError(f"--compare {item}: {min(wrong)} is for the whole comparison; give it as an option")
+            wrong = sorted(own.keys() & (FREE | {"seed"}))
+            need(not wrong, f"--compare {item}: {wrong} is for the whole comparison; give it as an option")
             if "stage2_steps" in given and not Options(**own).has_stage1:  # equal budgets, as in `prepare`
                 own["stage2_steps"] = given["stage2_steps"] + given.setdefault("stage1_steps", 200)
             folder = out / f"{re.sub('[^a-zA-Z0-9.-]+', '_', item)}-{seed}"

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -511,39 +510,6 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
 
 def lines_so_far(out: Path) -> list[bytes]:
     return [line for line in (out / "log.jsonl").read_bytes().split(b"\n") if b'"stage": 2' in line]
-
-
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    found = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [command.split("python r2d.py")[1] for command in found if "python r2d.py" in command]
-
-
-@pytest.mark.parametrize("command", readme_commands())
-def test_every_command_of_the_readme_runs(command: str, finished: Path, tmp_path: Path, monkeypatch) -> None:
-    """Catches a README that shows an option that no longer exists."""
-    arguments = shlex.split(command)
-    monkeypatch.chdir(tmp_path)
-    examples = [{"question": f"note {i}", "label": "ab"[i % 2], "rationale": f"because {i}"} for i in range(30)]
-    text = "\n".join(map(json.dumps, examples))
-    pubmedqa = {str(i): {"QUESTION": "q", "CONTEXTS": ["c"], "LONG_ANSWER": "r"} for i in range(30)}
-    for i, record in enumerate(pubmedqa.values()):
-        record["final_decision"] = ("yes", "no", "maybe")[i % 3]
-    for name in ("notes.jsonl", "train.jsonl", "val.jsonl", "test.jsonl"):
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    (tmp_path / "notes.csv").write_text("question,label,rationale\n" + "q,a,r\nq,b,s\n" * 15, encoding="utf-8")
-    (tmp_path / "ori_pqal.json").write_text(json.dumps(pubmedqa), encoding="utf-8")
-    (tmp_path / "folder").mkdir()
-    for name in ("train.jsonl", "val.jsonl", "test.jsonl"):
-        (tmp_path / name).rename(tmp_path / "folder" / name)
-    if "--eval" in arguments or "--ask" in arguments or "--out" not in arguments:
-        (tmp_path / "out").mkdir()
-        if "--eval" in arguments or "--ask" in arguments:
-            for path in finished.iterdir():
-                (tmp_path / "out" / path.name).write_bytes(path.read_bytes())
-    given = set(arguments)
-    tiny = [TINY[i : i + 2] for i in range(0, len(TINY), 2) if TINY[i] not in given]
-    assert r2d.main([*(word for pair in tiny for word in pair), *arguments]) == 0
 
 
 def test_the_label_must_survive_the_tokenizer(tmp_path: Path, capsys, monkeypatch) -> None:
