@@ -296,16 +296,18 @@ class Chat:
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.model, self.cache, self.timeout, self.tries, self.pause = model, cache, timeout, tries, pause
         self.key = os.environ.get("R2D_API_KEY", "").strip()
-        if not re.fullmatch(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/[!-?A-~]*)?", url):
+        port = re.fullmatch(r"https?://(?:[\w.-]+|\[[\da-fA-F:]+\])(?::(\d{1,5}))?(?:/[!-?A-~]*)?", url)
+        if not port or int(port[1] or 0) > 65535:
             raise ConnectionError(f"{url.split('@')[-1]}: not an endpoint like http://host:port/v1 (no key inside)")
         if not re.fullmatch("[!-~]*", self.key):
             raise ConnectionError("R2D_API_KEY holds a space or a character that no key has; set it again")
         self.opener, self.lock = urllib.request.build_opener(NoRedirect), threading.Lock()
         self.answers: dict[str, str] = {}
-        for line in cache.read_text(encoding="utf-8").split("\n") if cache.exists() else ():
+        known = cache.read_text(encoding="utf-8", errors="replace") if cache.exists() else ""
+        for line in known.split("\n"):
             with contextlib.suppress(ValueError, TypeError):  # a line that was cut when the run was killed
                 asked, prompt, answer = json.loads(line)
-                self.answers |= {prompt: answer} if asked == model else {}
+                self.answers |= {prompt: answer} if asked == model and isinstance(answer, str) else {}
 
     def __call__(self, prompts: Sequence[str]) -> Iterator[str]:
         """The answer to each prompt, in order; eight requests at a time. Raises ConnectionError for want of one."""
@@ -320,29 +322,27 @@ class Chat:
         body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        for attempt in range(self.tries):
-            wait = self.pause * 2**attempt
+        for attempt in range(1, self.tries + 1):
+            wait = self.pause * 2 ** (attempt - 1)
             try:
                 with self.opener.open(request, timeout=self.timeout) as reply:
                     answer = json.loads(reply.read(10**7))["choices"][0]["message"]["content"]
-                return self.keep(prompt, answer if isinstance(answer, str) else "")  # null: it says nothing
+                break
             except HTTPError as e:
-                problem = f"HTTP {e.code}"
-                if e.code not in (408, 429) and e.code < 500:
-                    break
-                asked = e.headers.get("Retry-After", "")
-                wait = max(wait, min(int(asked), 60)) if asked.isdecimal() else wait
-            except (OSError, http.client.HTTPException) as e:
-                problem = str(getattr(e, "reason", e)) or type(e).__name__
-            except (ValueError, LookupError, TypeError, RecursionError):
-                problem = "what came back is no chat completion"
-            if attempt + 1 < self.tries:
-                time.sleep(wait)
-        remedy = "check the URL, the model and R2D_API_KEY, then give the same command again"
-        raise ConnectionError(f"{self.url}: {problem}; {remedy}: no answer in {self.cache} is asked for twice")
-
-    def keep(self, prompt: str, answer: str) -> None:
-        answer = answer.replace(self.key, "(key)") if self.key else answer  # should the endpoint echo it
+                problem, asked = f"HTTP {e.code}", e.headers.get("Retry-After", "")
+                wait = max(wait, min(int(asked[:9]), 60)) if asked.isdecimal() else wait
+                may_pass = e.code in (408, 429) or e.code >= 500
+            except OSError as e:
+                problem, may_pass = str(getattr(e, "reason", e)) or type(e).__name__, True
+            except (http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError) as e:
+                problem, may_pass = f"what came back is no chat completion ({type(e).__name__})", True
+            if attempt == self.tries or not may_pass:
+                remedy = "check the URL, the model and R2D_API_KEY, then give the same command again"
+                kept = f"no answer in {self.cache} is asked for twice"
+                raise ConnectionError(f"{self.url}: {problem}; {remedy}: {kept}")
+            time.sleep(wait)
+        answer = answer if isinstance(answer, str) else ""  # null: it says nothing
+        answer = answer.replace(self.key, "(key)") if len(self.key) > 7 else answer  # should the endpoint echo it
         with self.lock, open(self.cache, "a", encoding="utf-8", newline="\n") as f:
             f.write("\n" + json.dumps([self.model, prompt, answer]))  # a new line first: the last one may be cut
             self.answers[prompt] = answer
@@ -374,7 +374,7 @@ def zero_shot(chat: Chat, questions: Sequence[str], labels: Sequence[str]) -> It
     prompts = [ZERO_SHOT.format(labels=json.dumps(labels, ensure_ascii=False), question=q) for q in questions]
     for answer in chat(prompts):
         found = json_answer(answer)
-        said = (str(found.get(key, other)) for key, other in (("label", answer), ("rationale", "")))
+        said = (str(found.get(key) or other) for key, other in (("label", answer), ("rationale", "")))
         label, rationale = (text.encode("utf-8", "replace").decode().strip() for text in said)  # no half characters
         yield names.get(label.lower(), label), rationale
 

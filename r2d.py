@@ -653,7 +653,7 @@ def print_result(run: Run, result: dict) -> None:
     right, wrong = ([row for row in rows if (row["label"] == row["predicted_label"]) == same] for same in (True, False))
     for row in (right[:2] + wrong + right[2:])[:3]:
         print(f"\nnote       {row['question'][:500]}\ngold       {row['label']}: {row['rationale'][:500]}")
-        print(f"model      {row['predicted_label']}: {(row['rationale_given_predicted'] or '-')[:500]}")
+        print(f"model      {row['predicted_label'][:500]}: {(row['rationale_given_predicted'] or '-')[:500]}")
     print(f"\nfiles in {run.out}: {' '.join(sorted(path.name for path in run.out.iterdir()))}")
 
 
@@ -697,7 +697,7 @@ def check(o: Options) -> None:
         value, flag = getattr(o, name), name.replace("_", "-")
         need(value is None or low <= value <= high, f"--{flag} {value}: must be between {low} and {high}")  # nor nan
     zeroshot, several = o.method == "zeroshot", o.data == "triage" or o.rationales == o.stage1_rationales == "llm"
-    alone = not (o.stage == 1 or o.eval or o.ask or o.init)
+    alone = not (o.stage == 1 or o.ask or o.init)
     rules = {
         f"--warmup {o.warmup} and --ramp {o.ramp}: together they must not pass 1": o.warmup + o.ramp <= 1,
         f"--width {o.width}: must be a multiple of --heads {o.heads}": o.width % o.heads == 0,
@@ -705,15 +705,16 @@ def check(o: Options) -> None:
         "--ask: the text is empty; give the note in quotes": o.ask is None or o.ask.strip(),
         "--rationales and --stage1-rationales: only --data triage has several sources": several,
         "--method zeroshot: needs --llm URL and --llm-model NAME": not zeroshot or (o.llm and o.llm_model),
-        "--method zeroshot: trains nothing; leave out --stage 1, --eval, --ask and --init": not zeroshot or alone,
+        "--method zeroshot: trains nothing; leave out --stage 1, --ask and --init": not zeroshot or alone,
         "--llm and --llm-model: are for --method zeroshot": zeroshot or not (o.llm or o.llm_model),
         "--seeds: is for --compare METHOD ...; one run takes --seed N": o.compare or not o.seeds,
         "--judge URL and --judge-model NAME: give both": (o.judge is None) == (o.judge_model is None),
+        "--judge: there are no rationales to judge": not o.judge or (o.method != "sft" and o.stage == 2 and not o.ask),
         f"--bertscore {o.bertscore}: no such folder": o.bertscore is None or Path(o.bertscore).is_dir(),
     }
     for message, holds in rules.items():
         need(holds, message)
-    for url in filter(None, (o.judge, o.llm)):
+    for url in {o.judge, o.llm} - {None}:
         metrics.Chat(url, "", Path(os.devnull))  # raises ConnectionError for what is no URL, before anything is trained
 
 
@@ -734,7 +735,7 @@ def settle_options(given: dict) -> Options:
     out, saved = Path(given.get("out", Options.out)), {}
     if (out / "config.json").exists() and not given.get("fresh"):
         saved = {name: value for name, value in read_config(out).items() if name in IDENTITY}
-    for name in sorted(saved.keys() & given.keys()):
+    for name in sorted(saved.keys() & given.keys() - {"llm"}):  # an endpoint may move
         if saved[name] != given[name]:
             was = f"--{name.replace('_', '-')} {given[name]}: the run in {out} has {saved[name]}"
             raise InputError(f"{was}; give another --out, or --fresh to start over")
@@ -852,10 +853,10 @@ def job(o: Options) -> None:
     if o.ask:
         return ask(o)
     run = prepare(o)
-    if o.eval and trained:
-        load_weights(run, 2)
-    else:
+    if not (o.eval and trained):
         start(run)
+    elif run.model:
+        load_weights(run, 2)
     if not o.eval and run.model:
         describe(run)
         if o.stage == 1 or o.has_stage1:
@@ -885,16 +886,21 @@ def compare(given: dict) -> None:
     out, plan = Path(given.pop("out", "compare")), []
     refused = sorted({"seed", "method", "ask", "stage"} & given.keys())
     need(not refused, f"--{' --'.join(refused)}: not together with --compare METHOD ... --seeds N ...")
+    if "stage2_steps" in given:
+        given.setdefault("stage1_steps", 200)
     for seed in seeds:
         for item in items:
             method, *changes = item.split(",")
             own = parse_options(["--method", method, *(f"--{change}" for change in changes)])
             wrong = sorted(own.keys() & (FREE | {"seed"}))
             need(not wrong, f"--compare {item}: {wrong} is for the whole comparison; give it as an option")
+            apart = {"llm", "llm_model"} if method != "zeroshot" else set()
+            apart |= {"judge", "judge_model"} if method == "sft" else set()
+            own = {name: value for name, value in given.items() if name not in apart} | own
             if "stage2_steps" in given and not Options(**own).has_stage1:  # equal budgets, as in `prepare`
-                own["stage2_steps"] = given["stage2_steps"] + given.setdefault("stage1_steps", 200)
+                own["stage2_steps"] = given["stage2_steps"] + given["stage1_steps"]
             folder = out / f"{re.sub('[^a-zA-Z0-9.-]+', '_', item)}-{seed}"
-            plan.append((item, settle_options({**given, **own, "seed": seed, "out": str(folder)})))
+            plan.append((item, settle_options({**own, "seed": seed, "out": str(folder)})))
     results = {item: [] for item in items}
     for item, o in plan:
         print(f"\n{item}, seed {o.seed}", flush=True)

@@ -796,7 +796,8 @@ ZEROSHOT = f"--method zeroshot --llm {ENDPOINT} --llm-model m"
         ("--method zeroshot --llm-model m", "--llm"),
         (f"--method zeroshot --llm {ENDPOINT}", "--llm-model"),
         (f"--method zeroshot --judge {ENDPOINT} --judge-model m", "--llm"),
-        (f"{ZEROSHOT} --eval", "--eval"),
+        ("--judge http://127.0.0.1:1/v1 --judge-model m --method sft", "--judge"),
+        ("--judge http://127.0.0.1:1/v1 --judge-model m --stage 1", "--judge"),
         (f"{ZEROSHOT} --ask note", "--ask"),
         (f"{ZEROSHOT} --stage 1", "--stage"),
         (f"{ZEROSHOT} --init .", "--init"),
@@ -823,3 +824,11 @@ def test_compare_takes_zero_shot_beside_a_trained_method(style: str, serve: Serv
     assert rows[item]["argues_given"]["mean"] == 100 and rows[item]["bleu_gold"]["mean"] is None
     asked = len(server.asked)
     assert run(out, *methods) == 0 and len(server.asked) == asked and item in capsys.readouterr().out
+
+
+def test_a_finished_zero_shot_run_can_be_judged_from_another_port(serve: Serve, tmp_path: Path) -> None:
+    """Catches answers that are paid for again because the endpoint moved, or because a judge came later."""
+    out, server = tmp_path / "run", serve(otherwise=says(GRADES))
+    assert zeroshot(out, serve(otherwise=says(TOLD)).url) == 0
+    assert run(out, "--eval", "--llm", dead_url(), "--judge", server.url, "--judge-model", "j") == 0
+    assert read(out / "metrics.json")["rationale"]["predicted"]["judge_supports"] == 5
