@@ -6,6 +6,7 @@ facts can be read back from any text (`read_facts`), a rationale can be checked 
 """
 
 import csv
+import hashlib
 import io
 import json
 import random
@@ -40,6 +41,10 @@ class Dataset:
     stage1_train: list[Example]
     stage1_val: list[Example]
     ceiling: list[str] | None = None  # triage only: the rule's label for each test note, the best any model can do
+
+    def sha256(self) -> str:
+        """A fingerprint of all examples: a run that is resumed must find the data it began with."""
+        return hashlib.sha256(repr((self.train, self.val, self.test, self.stage1_train)).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

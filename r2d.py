@@ -271,43 +271,104 @@ def stage2_loss(run: Run, examples: list[Example], step: int, coin: torch.Genera
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of a run. Every write goes to a temporary name first: what stands under the real name is always whole.
 
+STATE = {"stage", "step", "best", "worse", "model", "optimizer", "log_size", "rng", "coin"}  # what last.pt holds
 
-def write_file(path: Path, content: bytes) -> None:
+
+def write_file(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Replace `path` in one step; what it held before is kept as `previous`."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # half a file on a full disk
+        raise
 
 
 def write_json(path: Path, content: object) -> None:
     write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def save_checkpoint(path: Path, content: dict) -> None:
+def save_checkpoint(path: Path, content: dict, previous: Path | None = None) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_file(path, buffer.getvalue())
+    write_file(path, buffer.getvalue(), previous)
 
 
-def load_checkpoint(path: Path, device: str) -> dict:
-    """Raises InputError if the file is missing or damaged, or holds anything but tensors and plain values."""
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a checkpoint, of ours or from a stranger, becomes an InputError that names it."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        yield
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint; train first, or give a finished run to --out") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as e:
-        raise InputError(f"{path}: not a checkpoint ({type(e).__name__}); delete it, or use --fresh") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as e:
+        what = f"not a checkpoint of this run and version ({type(e).__name__})"
+        raise InputError(f"{path}: {what}; delete it, or start over with --fresh") from None
 
 
-def load_weights(run: Run, stage: int) -> None:
+def load_checkpoint(path: Path, device: str, keys: set[str]) -> dict:
+    """Tensors and plain values under these keys: weights_only=True refuses a pickle that would run code."""
+    with reading(path):
+        content = torch.load(path, map_location=device, weights_only=True)
+        return {key: content[key] for key in keys}
+
+
+def load_weights(run: Run, model: Transformer, stage: int) -> None:
     """The best weights of a stage, from stage1.pt or stage2.pt."""
     path = run.out / f"stage{stage}.pt"
-    checkpoint = load_checkpoint(path, run.device)
-    if checkpoint.get("config") != asdict(run.model.config):
-        raise InputError(f"{path}: the checkpoint has another shape than the options say; use --fresh")
-    run.model.load_state_dict(checkpoint["weights"])
+    with reading(path):
+        checkpoint = load_checkpoint(path, run.device, {"config", "weights"})
+        need(checkpoint["config"] == asdict(model.config), f"{path}: has another shape than the options; use --fresh")
+        model.load_state_dict(checkpoint["weights"])
+
+
+def last_state(out: Path) -> dict | None:
+    """The last save, or the one before it if that one is damaged or was being replaced; None before the first."""
+    damage = None
+    for path in (out / "last.pt", out / "previous.pt"):
+        if path.exists():
+            try:
+                return load_checkpoint(path, "cpu", STATE)
+            except InputError as e:
+                damage = e
+                print(f"note: {e}", file=sys.stderr)
+    need(damage is None, str(damage))
+    return None
+
+
+@contextlib.contextmanager
+def alone(out: Path, fresh: bool = False) -> Iterator[None]:
+    """The folder of a run, made if need be and locked against a second run; `fresh` moves the old one aside first.
+
+    The system drops the lock when the program ends, however it ends.
+    """
+    if fresh and out.exists():
+        with alone(out):  # nobody is at work there
+            aside = next(path for i in range(1, 10**6) if not (path := out.with_name(f"{out.name}.old{i}")).exists())
+        out.rename(aside)
+        print(f"--fresh: the old run is now in {aside}")
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "ab") as f:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"{out}: another run is at work in this folder; wait, or give another --out") from None
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,19 +422,17 @@ LOGGED = {"loss_predict": None, "loss_explain": None, "alpha": None, "p_predicte
 
 
 def restore(run: Run, stage: int, optimizer: torch.optim.Optimizer, coin: torch.Generator) -> dict:
-    """What last.pt says of this stage, put back where it came from; the beginning of the stage if it says nothing."""
-    fresh = {"stage": stage, "step": 0, "best": -math.inf, "worse": 0, "log_size": 0}
-    if not (run.out / "last.pt").exists():
-        return fresh
-    state = load_checkpoint(run.out / "last.pt", "cpu")
-    if state["stage"] != stage:
-        return fresh | {"log_size": state["log_size"]}
-    print(f"stage {stage}: goes on at step {state['step']}", flush=True)
-    run.model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    coin.set_state(state["coin"])
-    return state
+    """What the last save says of this stage, put back where it came from; its beginning if it says nothing."""
+    beginning, state = {"step": 0, "best": -math.inf, "worse": 0, "log_size": 0}, last_state(run.out)
+    with reading(run.out / "last.pt"):
+        if state is None or state["stage"] != stage:
+            return beginning | ({"log_size": state["log_size"]} if state else {})
+        run.model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        coin.set_state(state["coin"])
+        print(f"stage {stage}: goes on at step {state['step']}", flush=True)
+        return {key: type(value)(state[key]) for key, value in beginning.items()}
 
 
 def train(run: Run, stage: int) -> None:
@@ -438,12 +497,13 @@ def train(run: Run, stage: int) -> None:
                 log.flush()
                 state = {"stage": stage, "step": steps if worse >= patience else done, "best": best, "worse": worse}
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log_size": log.tell()}
-                save_checkpoint(run.out / "last.pt", state | {"rng": torch.get_rng_state(), "coin": coin.get_state()})
+                state |= {"rng": torch.get_rng_state(), "coin": coin.get_state()}
+                save_checkpoint(run.out / "last.pt", state, previous=run.out / "previous.pt")
             if asked:
                 raise KeyboardInterrupt
             if worse >= patience:
                 break
-    load_weights(run, stage)
+    load_weights(run, model, stage)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -495,7 +555,7 @@ def bertscore_vectors(run: Run, texts: list[str]) -> tuple[str | None, dict[str,
             ("the model itself", token_vectors(run.model, run.prompts, texts, run.device)) if run.model else (None, {})
         )
     encoder = Transformer(run.model.config).to(run.device).eval()
-    encoder.load_state_dict(load_checkpoint(path, run.device)["weights"])
+    load_weights(run, encoder, 1)
     return "stage1.pt of this run", token_vectors(encoder, run.prompts, texts, run.device)
 
 
@@ -722,7 +782,7 @@ def read_config(out: Path) -> dict:
     """The config.json of a run. Raises InputError if it is not one of this version."""
     try:
         saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        if IDENTITY - saved.keys() or not isinstance(saved["labels"], list):
+        if (IDENTITY | {"data_sha256"}) - saved.keys() or not isinstance(saved["labels"], list):
             raise ValueError
         return saved | {"model": saved["model"] and asdict(ModelConfig(**saved["model"]))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -780,7 +840,10 @@ def prepare(o: Options, labels: list[str] | None = None) -> Run:
         return Run(o, dataset, None, None, device)
     torch.manual_seed(o.seed)
     begun = (out / "tokenizer.model").exists() and not o.fresh
-    if o.init and not (begun and (out / "last.pt").exists()):
+    if begun and (out / "config.json").exists() and not labels:
+        same = read_config(out)["data_sha256"] == dataset.sha256()
+        need(same, f"{o.data}: changed since the run in {out} began; give another --out, or --fresh to start over")
+    if o.init and not (begun and ((out / "last.pt").exists() or (out / "previous.pt").exists())):
         model, tokenizer = load_pretrained(o.init, o.dropout)
     else:
         if begun:
@@ -808,8 +871,10 @@ def describe(run: Run) -> None:
     counts = ", ".join(f"{len(split)} {name}" for name, split in splits.items())
     print(f"{o.data}: {counts} examples, {len(d.labels)} labels; a model of {size:,} weights on {run.device}")
     head = max((EXPLAIN_GIVEN.format(label=label) for label in d.labels), key=lambda text: len(run.prompts.ids(text)))
-    room = o.max_source - len(run.prompts.ids(head)) - 1
+    room, trained = o.max_source - len(run.prompts.ids(head)) - 1, {e.question for e in d.train}
     for name, split in splits.items():
+        if seen := sum(e.question in trained for e in split) * (name != "train"):
+            print(f"note: {seen} of {len(split)} {name} questions also stand in train")
         if cut := sum(len(run.prompts.ids(e.question)) > room for e in split):
             print(f"note: {cut} of {len(split)} {name} questions are cut at the end to fit --max-source {o.max_source}")
         if cut := sum(len(run.prompts.ids(e.rationale)) >= o.max_target for e in split):
@@ -817,25 +882,20 @@ def describe(run: Run) -> None:
 
 
 def start(run: Run) -> None:
-    """Make the folder of the run and write what does not change: config.json and tokenizer.model."""
+    """Write what does not change in the folder of a run: config.json and tokenizer.model."""
     o, out = run.options, run.out
-    if o.fresh and out.exists():
-        aside = next(path for i in range(1, 10**6) if not (path := out.with_name(f"{out.name}.old{i}")).exists())
-        out.rename(aside)
-        print(f"--fresh: the old run is now in {aside}")
-    out.mkdir(parents=True, exist_ok=True)
     if run.prompts:
         write_file(out / "tokenizer.model", run.prompts.tokenizer.model)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     versions["sentencepiece"] = sentencepiece.__version__
     shape = {"labels": run.data.labels, "model": run.model and asdict(run.model.config)}
-    write_json(out / "config.json", {**asdict(o), **shape, "versions": versions})
+    write_json(out / "config.json", {**asdict(o), **shape, "data_sha256": run.data.sha256(), "versions": versions})
 
 
 def ask(o: Options) -> None:
     """One note, one label, one rationale: what a user of the model sees. Needs no data, only the folder of the run."""
     run = prepare(o, read_config(Path(o.out))["labels"])
-    load_weights(run, 2)
+    load_weights(run, run.model, 2)
     label = predict_labels(run, [o.ask])[0]
     print(f"label      {label}")
     if o.method != "sft":
@@ -845,7 +905,8 @@ def ask(o: Options) -> None:
 def job(o: Options) -> None:
     """What one command does: ask, evaluate, or train and evaluate. Goes on where an earlier call was stopped."""
     out = Path(o.out)
-    trained, begun = (out / "stage2.pt").exists() or o.method == "zeroshot", (out / "last.pt").exists()
+    trained = (out / "stage2.pt").exists() or o.method == "zeroshot"
+    begun = (out / "last.pt").exists() or (out / "previous.pt").exists()
     if not (o.eval or o.ask or o.fresh) and o.stage == 2 and trained and (out / "metrics.json").exists():
         return print(f"{out} holds a finished run, see its metrics.json; --eval evaluates again, --fresh starts over")
     if (o.eval or o.ask) and not trained and (o.ask or begun or not o.init):
@@ -853,22 +914,23 @@ def job(o: Options) -> None:
     if o.ask:
         return ask(o)
     run = prepare(o)
-    if not (o.eval and trained):
-        start(run)
-    elif run.model:
-        load_weights(run, 2)
-    if not o.eval and run.model:
-        describe(run)
-        if o.stage == 1 or o.has_stage1:
-            last = load_checkpoint(out / "last.pt", "cpu")["stage"] if begun and not o.fresh else 2
-            if (out / "stage1.pt").exists() and last == 2:  # done here, or brought from another run
-                load_weights(run, 1)
-            else:
-                train(run, 1)
-        if o.stage == 1:
-            return
-        train(run, 2)
-    print_result(run, evaluate(run))
+    with alone(out, o.fresh):
+        if not (o.eval and trained):
+            start(run)
+        elif run.model:
+            load_weights(run, run.model, 2)
+        if not o.eval and run.model:
+            describe(run)
+            if o.stage == 1 or o.has_stage1:
+                state = last_state(out)
+                if (out / "stage1.pt").exists() and (state is None or state["stage"] == 2):  # done, or from another run
+                    load_weights(run, run.model, 1)
+                else:
+                    train(run, 1)
+            if o.stage == 1:
+                return
+            train(run, 2)
+        print_result(run, evaluate(run))
 
 
 # What --compare shows: the name of a column, and where its number stands in metrics.json.
@@ -967,7 +1029,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"r2d.py: {e.filename or out}: {e.strerror}; free some space or give another --out", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nstopped; to go on where it was last saved: python r2d.py --out {out}", file=sys.stderr)
+        again = (
+            "give the same command again" if "--compare" in (arguments or sys.argv) else f"python r2d.py --out {out}"
+        )
+        print(f"\nstopped; to go on where it was last saved: {again}", file=sys.stderr)
         return 130
     return 0
 
@@ -975,4 +1040,5 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")  # a note may hold what a Windows console cannot show
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside of training as well, like Ctrl-C
     sys.exit(main())

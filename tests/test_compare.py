@@ -89,8 +89,8 @@ def test_init_run_resumes_and_answers_without_the_checkpoint(t5: Path, tmp_path:
     assert r2d.main([*STEPS, "--init", str(folder), "--out", str(whole)]) == 0
     save, saved = r2d.save_checkpoint, []
 
-    def stop_after_a_save(path: Path, content: dict) -> None:
-        save(path, content)
+    def stop_after_a_save(path: Path, *content: object, **previous: Path) -> None:
+        save(path, *content, **previous)
         saved.append(path.name)
         if saved.count("last.pt") == 2:
             raise KeyboardInterrupt

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = "--limit 48 --stage1-steps 4 --stage2-steps 8 --eval-every 4 --batch-size 8 --width 16 --heads 2 --layers 1"
 TINY = [*TINY.split(), "--vocab-size", "400", "--max-target", "24"]
 FILES = {"config.json", "tokenizer.model", "stage1.pt", "stage2.pt", "last.pt", "log.jsonl"}
-FILES |= {"predictions.jsonl", "metrics.json"}
+FILES |= {"predictions.jsonl", "metrics.json", "previous.pt", "lock"}
 
 
 def run(out: Path, *arguments: str) -> int:
@@ -358,6 +358,7 @@ def test_early_stopping_arms_after_the_ramp_and_keeps_the_best(tmp_path: Path, m
 
     monkeypatch.setattr(r2d, "validate", worse_each_time)
     one = tiny_run(tmp_path, stage1_steps=20, stage2_steps=40, eval_every=1)
+    one.out.mkdir()
     r2d.start(one)
     for stage in (1, 2):
         r2d.train(one, stage)
