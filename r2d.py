@@ -921,6 +921,7 @@ def job(o: Options) -> None:
             load_weights(run, run.model, 2)
         if not o.eval and run.model:
             describe(run)
+            (out / "metrics.json").unlink(missing_ok=True)  # of an evaluation before: what has one counts as finished
             if o.stage == 1 or o.has_stage1:
                 state = last_state(out)
                 if (out / "stage1.pt").exists() and (state is None or state["stage"] == 2):  # done, or from another run
