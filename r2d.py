@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import get_args
@@ -31,7 +31,9 @@ from typing import get_args
 import numpy as np
 import sentencepiece
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -70,7 +72,8 @@ class Options:
     seed: int = option(0, "decides the data split, the weights, the order of examples and the coins")
     stage1_steps: int | None = option(None, "updates in stage 1; default 200, or 20 epochs if that is less")
     stage2_steps: int | None = option(None, "updates in stage 2; default 1200 or 20 epochs, plus stage 1's if left out")
-    batch_size: int = option(32, "examples per update")
+    batch_size: int = option(32, "examples per update, over all processes")
+    accumulate: int = option(1, "parts that a batch is computed in, one after the other; saves memory, not time")
     lr: float | None = option(
         None, "peak rate of AdamW, relative to each tensor's size; default 0.02, with --init 0.001"
     )
@@ -84,6 +87,8 @@ class Options:
     max_target: int = option(128, "longest rationale in tokens")
     limit: int | None = option(None, "use at most N examples of each split, for trying; default all", metavar="N")
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("float32", "of matrix products; weights and sums stay float32", ("float32", "bfloat16"))
+    compile: bool = option(False, "compile the loss with torch.compile: slow to start, for long runs on a GPU")
     eval: bool = option(False, "evaluate the checkpoint in --out, without training")
     init: str | None = option(
         None, "start from the T5 or Flan-T5 checkpoint in this folder; default random", metavar="DIR"
@@ -174,11 +179,53 @@ class Run:
     prompts: Prompts | None  # these two: not for --method zeroshot
     model: Transformer | None
     device: str
+    nll: Callable[[Tensor, Tensor], Tensor] | None = None  # the model's, perhaps compiled or shared over processes
     tokens: int = 0  # source and target tokens seen by the losses, for the log
 
     @property
     def out(self) -> Path:
         return Path(self.options.out)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.options.dtype == "bfloat16")
+
+
+# Several processes (torchrun): each has its rank, they share out a batch and an evaluation, and rank 0 alone writes.
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def shared(items: list, work: Callable[[list], list]) -> list:
+    """work(items), one result per item, shared out over the processes and gathered in order."""
+    if world() == 1:
+        return work(items)
+    parts, results = [None] * world(), [None] * len(items)
+    dist.all_gather_object(parts, work(items[rank() :: world()]))
+    for i, part in enumerate(parts):
+        results[i :: world()] = part
+    return results
+
+
+class Loss(nn.Module):
+    """The model as DistributedDataParallel wants it: a module whose call is the loss."""
+
+    def __init__(self, model: Transformer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        return self.model.nll(input_ids, labels)
 
 
 def explain_head(method: str, label: str) -> str:
@@ -188,12 +235,18 @@ def explain_head(method: str, label: str) -> str:
 
 def decode_all(run: Run, sources: list[list[int]], max_new_tokens: int) -> list[str]:
     """Greedy decoding of any number of prompts; equal prompts are decoded once, neighbours in length together."""
+
+    def work(rows: list[tuple]) -> list[str]:
+        texts = []
+        for i in range(0, len(rows), 128):
+            with run.autocast():
+                tokens = run.model.generate(data.pad(rows[i : i + 128], run.device), max_new_tokens)
+            texts += map(run.prompts.tokenizer.decode, tokens.tolist())
+        return texts
+
     unique = sorted(set(map(tuple, sources)), key=lambda ids: (len(ids), ids))
-    texts = {}
-    for i in range(0, len(unique), 128):
-        rows = unique[i : i + 128]
-        tokens = run.model.generate(data.pad(rows, run.device), max_new_tokens)
-        texts |= zip(rows, map(run.prompts.tokenizer.decode, tokens.tolist()), strict=True)
+    # in training, every process has sources of its own
+    texts = dict(zip(unique, work(unique) if run.model.training else shared(unique, work), strict=True))
     return [texts[tuple(ids)] for ids in sources]
 
 
@@ -215,28 +268,31 @@ def explain(run: Run, questions: list[str], labels: list[str]) -> list[str]:
 # The losses of the two stages.
 
 
-def token_mean(run: Run, sources: list[list[int]], targets: list[list[int]]) -> Tensor:
-    """Cross-entropy in nats, averaged over the target tokens of the batch; padding and empty targets count nothing."""
+def token_mean(run: Run, sources: list[list[int]], targets: list[list[int]], total: int) -> Tensor:
+    """Cross-entropy in nats over `total`, the target tokens of the whole batch; these rows may be a part of it.
+
+    Padding and empty targets count nothing.
+    """
     run.tokens += sum(map(len, sources)) + sum(map(len, targets))
-    targets = data.pad(targets, run.device)
-    return run.model.nll(data.pad(sources, run.device), targets).sum() / (targets != 0).sum().clamp(min=1)
+    with run.autocast():
+        return run.nll(data.pad(sources, run.device), data.pad(targets, run.device)).sum() / max(total, 1)
 
 
-def stage1_loss(run: Run, examples: list[Example]) -> tuple[Tensor, dict[str, float]]:
+def stage1_loss(run: Run, examples: list[Example], totals: list[int]) -> tuple[Tensor, dict[str, float]]:
     """explain: {question} -> rationale."""
     sources = [run.prompts.source(EXPLAIN, e.question) for e in examples]
-    loss = token_mean(run, sources, [run.prompts.target(e.rationale) for e in examples])
+    loss = token_mean(run, sources, [run.prompts.target(e.rationale) for e in examples], totals[1])
     return loss, {"loss_explain": loss.item()}
 
 
-def labels_in_prompts(run: Run, examples: list[Example], p: float, coin: torch.Generator) -> tuple[list[str], int, int]:
+def labels_in_prompts(run: Run, examples: list[Example], coins: list[bool]) -> tuple[list[str], int, int]:
     """Scheduled sampling: gold labels, some replaced by the model's own; how many were, and how many were no labels.
 
-    Coins first; then only the labels that are used are generated, in eval mode (the authors' code generates all, with
-    dropout on). What is no label never enters a training prompt: gold stays there.
+    Only the labels that are used are generated, in eval mode (the authors' code generates all, with dropout on). What
+    is no label never enters a training prompt: gold stays there.
     """
     labels = [e.label for e in examples]
-    chosen = [i for i, heads in enumerate(flip_coins(len(examples), p, coin)) if heads]
+    chosen = [i for i, heads in enumerate(coins) if heads]
     invalid = 0
     for i, label in zip(chosen, predict_labels(run, [examples[i].question for i in chosen]), strict=True):
         if label in run.data.labels:
@@ -246,26 +302,27 @@ def labels_in_prompts(run: Run, examples: list[Example], p: float, coin: torch.G
     return labels, len(chosen) - invalid, invalid
 
 
-def stage2_loss(run: Run, examples: list[Example], step: int, coin: torch.Generator) -> tuple[Tensor, dict]:
+def stage2_loss(
+    run: Run, examples: list[Example], totals: list[int], coins: list[bool], alpha: float
+) -> tuple[Tensor, dict[str, float]]:
     """alpha * L_predict + (1 - alpha) * L_explain, and the numbers for the log.
 
     The target is the gold rationale, whichever label is in the prompt.
     """
     o, labels = run.options, [e.label for e in examples]
     sources = [run.prompts.source(PREDICT, e.question) for e in examples]
-    loss_predict = token_mean(run, sources, [run.prompts.target(label) for label in labels])
+    loss_predict = token_mean(run, sources, [run.prompts.target(label) for label in labels], totals[0])
+    log = {"loss_predict": loss_predict.item()}
     if o.method == "sft":
-        return loss_predict, {"loss_predict": loss_predict.item(), "alpha": 1.0}
-    log = {"loss_predict": loss_predict.item(), "alpha": o.alpha}
+        return loss_predict, log
     if o.method == "r2d":
-        log["alpha"] = alpha_at(step, o.stage2_steps, o.warmup, o.alpha)
-        p = log["p_predicted"] = p_predicted(step, o.stage2_steps, o.schedule, o.warmup, o.ramp, o.cap)
-        labels, log["used_predicted"], log["invalid_predicted"] = labels_in_prompts(run, examples, p, coin)
+        labels, log["used_predicted"], log["invalid_predicted"] = labels_in_prompts(run, examples, coins)
     heads = [explain_head(o.method, label) for label in labels]
     sources = [run.prompts.source(head, e.question) for head, e in zip(heads, examples, strict=True)]
-    loss_explain = token_mean(run, sources, [run.prompts.target(e.rationale) for e in examples])
+    targets = [run.prompts.target(e.rationale) for e in examples]
+    loss_explain = token_mean(run, sources, targets, totals[1])
     log["loss_explain"] = loss_explain.item()
-    return log["alpha"] * loss_predict + (1 - log["alpha"]) * loss_explain, log
+    return alpha * loss_predict + (1 - alpha) * loss_explain, log
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,7 +332,9 @@ STATE = {"stage", "step", "best", "worse", "model", "optimizer", "log_size", "rn
 
 
 def write_file(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Replace `path` in one step; what it held before is kept as `previous`."""
+    """Replace `path` in one step; what it held before is kept as `previous`. Of several processes the first writes."""
+    if rank() > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as f:
@@ -295,9 +354,11 @@ def write_json(path: Path, content: object) -> None:
 
 
 def save_checkpoint(path: Path, content: dict, previous: Path | None = None) -> None:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_file(path, buffer.getvalue(), previous)
+    if rank() == 0:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_file(path, buffer.getvalue(), previous)
+    wait_for_all()  # nobody reads before it is written
 
 
 @contextlib.contextmanager
@@ -350,6 +411,10 @@ def alone(out: Path, fresh: bool = False) -> Iterator[None]:
 
     The system drops the lock when the program ends, however it ends.
     """
+    if rank() > 0:  # the lock is the first process's
+        wait_for_all()
+        yield
+        return
     if fresh and out.exists():
         with alone(out):  # nobody is at work there
             aside = next(path for i in range(1, 10**6) if not (path := out.with_name(f"{out.name}.old{i}")).exists())
@@ -368,6 +433,7 @@ def alone(out: Path, fresh: bool = False) -> Iterator[None]:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise InputError(f"{out}: another run is at work in this folder; wait, or give another --out") from None
+        wait_for_all()
         yield
 
 
@@ -417,10 +483,6 @@ def validate(run: Run, stage: int) -> tuple[float, dict[str, float]]:
     return -scores["val_loss"] if stage == 1 else scores["val_macro_f1"], scores
 
 
-# What a logged step says unless its stage and method have a number for it.
-LOGGED = {"loss_predict": None, "loss_explain": None, "alpha": None, "p_predicted": 0.0, "used_predicted": 0}
-
-
 def restore(run: Run, stage: int, optimizer: torch.optim.Optimizer, coin: torch.Generator) -> dict:
     """What the last save says of this stage, put back where it came from; its beginning if it says nothing."""
     beginning, state = {"step": 0, "best": -math.inf, "worse": 0, "log_size": 0}, last_state(run.out)
@@ -433,6 +495,38 @@ def restore(run: Run, stage: int, optimizer: torch.optim.Optimizer, coin: torch.
         coin.set_state(state["coin"])
         print(f"stage {stage}: goes on at step {state['step']}", flush=True)
         return {key: type(value)(state[key]) for key, value in beginning.items()}
+
+
+def gradients(
+    run: Run, stage: int, step: int, batch: list[Example], coin: torch.Generator, asked: list
+) -> dict[str, float | None]:
+    """Backward through one batch, in --accumulate parts and shared out over the processes; the numbers for the log."""
+    o, alpha, p = run.options, None, 0.0
+    if stage == 2:
+        alpha = {"sft": 1.0, "dss": o.alpha, "r2d": alpha_at(step, o.stage2_steps, o.warmup, o.alpha)}[o.method]
+        if o.method == "r2d":
+            p = p_predicted(step, o.stage2_steps, o.schedule, o.warmup, o.ramp, o.cap)
+    coins = flip_coins(len(batch), p, coin)  # for the whole batch: the same coins whatever the number of processes
+    totals = [
+        sum(len(run.prompts.target(text)) for text in column)
+        for column in zip(*((e.label, e.rationale) for e in batch), strict=True)
+    ]
+    sums, run.tokens = Counter(), 0
+    for start in range(o.accumulate):
+        rows = range(len(batch))[rank() :: world()][start :: o.accumulate]
+        examples = [batch[i] for i in rows]
+        if stage == 1:
+            loss, parts = stage1_loss(run, examples, totals)
+        else:
+            loss, parts = stage2_loss(run, examples, totals, [coins[i] for i in rows], alpha)
+        (world() * loss).backward()  # DistributedDataParallel takes the mean over processes, and we want the sum
+        sums.update(loss=loss.item(), **parts)
+    sums.update(tokens=run.tokens, asked=len(asked))  # Ctrl-C must stop all processes at the same step
+    if world() > 1:
+        values = torch.tensor([float(sums[key]) for key in sorted(sums)], device=run.device)
+        dist.all_reduce(values)
+        sums = dict(zip(sorted(sums), values.tolist(), strict=True))
+    return {"loss_predict": None, "loss_explain": None, "alpha": alpha, "p_predicted": p, "used_predicted": 0, **sums}
 
 
 def train(run: Run, stage: int) -> None:
@@ -452,34 +546,34 @@ def train(run: Run, stage: int) -> None:
     # arXiv 1804.04235). T5's initial weights differ a hundredfold: at one rate, q explodes and embeddings stand still.
     tensors = [{"params": [p], "size": max(p.detach().square().mean().sqrt().item(), 1e-3)} for p in model.parameters()]
     optimizer = torch.optim.AdamW(tensors, weight_decay=0.0, fused=True)
-    torch.manual_seed(1000 * o.seed + stage)  # dropout
+    torch.manual_seed(1000 * o.seed + stage + 10**6 * rank())  # dropout
     coin = torch.Generator().manual_seed(1000 * o.seed + stage)
     state = restore(run, stage, optimizer, coin)
     start, best, worse = state["step"], state["best"], state["worse"]
     model.train()
     pause = 0.5 if sys.stderr.isatty() else 20  # seconds between two pictures of the bar
-    bar = tqdm(range(start, steps), f"stage {stage}", steps, initial=start, mininterval=pause)
-    with bar, finish_the_step() as asked, open(run.out / "log.jsonl", "ab") as log:
-        log.truncate(min(state["log_size"], log.tell()))  # what was logged after the last save is logged again
+    bar = tqdm(range(start, steps), f"stage {stage}", steps, initial=start, mininterval=pause, disable=rank() > 0)
+    with bar, finish_the_step() as asked, open(run.out / "log.jsonl" if rank() == 0 else os.devnull, "ab") as log:
+        if rank() == 0:
+            log.truncate(min(state["log_size"], log.tell()))  # what was logged after the last save is logged again
         for step in bar:
             epoch, place = divmod(step, max(len(examples) // o.batch_size, 1))
             if place == 0 or step == start:
                 batches = data.batch_order(lengths, o.batch_size, o.seed, epoch)
-            began, run.tokens = time.perf_counter(), 0
+            began = time.perf_counter()
             batch = [examples[i] for i in batches[place]]
-            loss, parts = stage1_loss(run, batch) if stage == 1 else stage2_loss(run, batch, step, coin)
             optimizer.zero_grad()
-            loss.backward()
+            parts = gradients(run, stage, step, batch, coin, asked)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
             if not math.isfinite(grad_norm):
-                raise InputError(f"stage {stage}, step {step}: the loss is {loss.item()}; try a lower --lr")
+                raise InputError(f"stage {stage}, step {step}: the loss is {parts['loss']}; try a lower --lr")
             lr = lr_at(step, steps, o.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["size"]
             optimizer.step()
-            line = {"stage": stage, "step": step, "loss": loss.item(), **LOGGED, **parts, "lr": lr}
-            speed = run.tokens / (time.perf_counter() - began)
-            line |= {"grad_norm": grad_norm, "tokens_per_second": round(speed)}
+            stop, speed = parts.pop("asked"), parts.pop("tokens") / (time.perf_counter() - began)
+            line = {"stage": stage, "step": step, **parts, "lr": lr, "grad_norm": grad_norm}
+            line["tokens_per_second"] = round(speed)
             bar.set_postfix({"loss": f"{line['loss']:.3f}", "P(predicted)": f"{line['p_predicted']:.2f}"}, False)
             done = step + 1
             check = done % o.eval_every == 0 or done == steps
@@ -493,13 +587,13 @@ def train(run: Run, stage: int) -> None:
                         content = {"config": asdict(model.config), "weights": model.state_dict(), "step": done}
                         save_checkpoint(run.out / f"stage{stage}.pt", content)
             log.write((json.dumps(line) + "\n").encode())
-            if check or asked:
+            if check or stop:
                 log.flush()
                 state = {"stage": stage, "step": steps if worse >= patience else done, "best": best, "worse": worse}
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log_size": log.tell()}
                 state |= {"rng": torch.get_rng_state(), "coin": coin.get_state()}
                 save_checkpoint(run.out / "last.pt", state, previous=run.out / "previous.pt")
-            if asked:
+            if stop:
                 raise KeyboardInterrupt
             if worse >= patience:
                 break
@@ -513,15 +607,22 @@ def train(run: Run, stage: int) -> None:
 @torch.no_grad()
 def nll_counts(run: Run, examples: list[Example], heads: list[str]) -> np.ndarray:
     """(n, 2): nats and tokens of each gold rationale, given the prompt that begins with each head."""
-    out = np.zeros((len(examples), 2))
+
+    def work(rows: list[int]) -> list[tuple[float, int]]:
+        counts = []
+        for at in range(0, len(rows), 128):
+            some = rows[at : at + 128]
+            labels = data.pad([targets[i] for i in some], run.device)
+            with run.autocast():
+                nats = run.model.nll(data.pad([sources[i] for i in some], run.device), labels).sum(1)
+            counts += zip(nats.tolist(), (labels != 0).sum(1).tolist(), strict=True)
+        return counts
+
     sources = [run.prompts.source(head, e.question) for head, e in zip(heads, examples, strict=True)]
     targets = [run.prompts.target(e.rationale) for e in examples]
     order = sorted(range(len(examples)), key=lambda i: len(sources[i]))
-    for at in range(0, len(order), 128):
-        rows = order[at : at + 128]
-        labels = data.pad([targets[i] for i in rows], run.device)
-        nll = run.model.nll(data.pad([sources[i] for i in rows], run.device), labels)
-        out[rows] = torch.stack([nll.sum(1), (labels != 0).sum(1)], dim=1).cpu()
+    out = np.zeros((len(examples), 2))
+    out[order] = np.reshape(shared(order, work), (-1, 2))
     return out
 
 
@@ -749,7 +850,8 @@ def check(o: Options) -> None:
     """Raises InputError for options out of range or in conflict."""
     ranges = {
         "warmup": (0, 1), "ramp": (0, 1), "cap": (0, 1), "alpha": (0, 1), "dropout": (0, 0.99), "lr": (1e-8, 1),
-        "stage1_steps": (1, 10**9), "stage2_steps": (1, 10**9), "batch_size": (1, 10**6), "eval_every": (1, 10**9),
+        "stage1_steps": (1, 10**9), "stage2_steps": (1, 10**9),
+        "batch_size": (1, 10**6), "accumulate": (1, 10**6), "eval_every": (1, 10**9),
         "width": (4, 10**5), "layers": (1, 1000), "heads": (1, 1000), "vocab_size": (400, 10**6), "seed": (0, 2**31),
         "max_source": (32, 10**5), "max_target": (2, 10**5), "limit": (1, 10**9),
     }  # fmt: skip
@@ -860,7 +962,12 @@ def prepare(o: Options, labels: list[str] | None = None) -> Run:
         need(same, f"{o.data}: the tokenizer cannot write the label {label!r}; rename it")
         short = len(prompts.ids(EXPLAIN_GIVEN.format(label=label))) <= o.max_source // 2
         need(short, f"{o.data}: the label {label!r} fills half of a prompt; rename it or raise --max-source")
-    return Run(o, dataset, prompts, model.to(device), device)
+    model, nll = model.to(device), model.nll
+    if dist.is_initialized():
+        nll = DistributedDataParallel(Loss(model))
+    if o.compile:
+        nll = torch.compile(nll, dynamic=True)
+    return Run(o, dataset, prompts, model, device, nll)
 
 
 def describe(run: Run) -> None:
@@ -1013,12 +1120,24 @@ def comparison(rows: dict) -> str:
     return "\n".join(lines)
 
 
+def join(given: dict) -> None:
+    """Under torchrun, become one of several processes: each its own device, all but the first silent."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        on_gpu = torch.cuda.is_available() and given.get("device", "auto") in ("auto", "cuda")
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0 done, 2 wrong options or bad input, 130 stopped by Ctrl-C."""
     out = Options.out
     try:
         given = parse_options(arguments)
         out = given.get("out", out)
+        join(given)
         if given.get("compare"):
             compare(given)
         else:
@@ -1029,6 +1148,13 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as e:
         print(f"r2d.py: {e.filename or out}: {e.strerror}; free some space or give another --out", file=sys.stderr)
         return 2
+    except RuntimeError as e:
+        if world() == 1:
+            raise
+        print(
+            f"r2d.py: process {rank()} lost the others ({type(e).__name__}); the same command goes on", file=sys.stderr
+        )
+        return 1
     except KeyboardInterrupt:
         again = (
             "give the same command again" if "--compare" in (arguments or sys.argv) else f"python r2d.py --out {out}"

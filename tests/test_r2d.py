@@ -122,9 +122,10 @@ def test_p_one_puts_the_models_labels_into_every_prompt(tmp_path: Path, monkeypa
     examples = one.data.train[:16]
     wrong = r2d.flipped_labels(examples, one.data.labels, 0)
     monkeypatch.setattr(r2d, "predict_labels", lambda run, questions: wrong[: len(questions)])
-    coin = torch.Generator().manual_seed(0)
-    assert r2d.labels_in_prompts(one, examples, 1.0, coin) == (wrong, 16, 0)
-    assert r2d.labels_in_prompts(one, examples, 0.0, coin) == ([e.label for e in examples], 0, 0)
+    gold = [e.label for e in examples]
+    assert r2d.labels_in_prompts(one, examples, [True] * 16) == (wrong, 16, 0)
+    assert r2d.labels_in_prompts(one, examples, [False] * 16) == (gold, 0, 0)
+    assert r2d.labels_in_prompts(one, examples, [True] + [False] * 15) == (wrong[:1] + gold[1:], 1, 0)
 
 
 def test_invalid_labels_never_enter_a_training_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +133,7 @@ def test_invalid_labels_never_enter_a_training_prompt(tmp_path: Path, monkeypatc
     one = tiny_run(tmp_path)
     examples = one.data.train[:8]
     monkeypatch.setattr(r2d, "predict_labels", lambda run, questions: ["nonsense"] * len(questions))
-    assert r2d.labels_in_prompts(one, examples, 1.0, torch.Generator()) == ([e.label for e in examples], 0, 8)
+    assert r2d.labels_in_prompts(one, examples, [True] * 8) == ([e.label for e in examples], 0, 8)
 
 
 def test_only_the_labels_that_are_used_are_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +142,7 @@ def test_only_the_labels_that_are_used_are_generated(tmp_path: Path, monkeypatch
     monkeypatch.setattr(r2d, "predict_labels", lambda run, questions: asked.extend(questions) or ["x"] * len(questions))
     one = tiny_run(tmp_path)
     expected = r2d.flip_coins(16, 0.5, torch.Generator().manual_seed(3))
-    r2d.labels_in_prompts(one, one.data.train[:16], 0.5, torch.Generator().manual_seed(3))
+    r2d.labels_in_prompts(one, one.data.train[:16], expected)
     assert asked == [e.question for e, heads in zip(one.data.train, expected, strict=False) if heads]
 
 
@@ -162,13 +163,13 @@ def test_target_stays_gold_whatever_the_label_in_the_prompt(tmp_path: Path, monk
     monkeypatch.setattr(r2d, "predict_labels", lambda run, questions: ["home care"] * len(questions))
     decode = one.prompts.tokenizer.decode
 
-    def spy(run: r2d.Run, sources: list[list[int]], targets: list[list[int]]) -> torch.Tensor:
+    def spy(run: r2d.Run, sources: list[list[int]], targets: list[list[int]], total: int) -> torch.Tensor:
         seen.append([(decode(s), decode(t)) for s, t in zip(sources, targets, strict=True)])
         return torch.zeros(())
 
     monkeypatch.setattr(r2d, "token_mean", spy)
     one.prompts.max_target = 200
-    r2d.stage2_loss(one, one.data.train[:4], 0, torch.Generator())
+    r2d.stage2_loss(one, one.data.train[:4], [1, 1], [True] * 4, 0.7)
     assert seen[0] == [(f"predict: {e.question}", e.label) for e in one.data.train[:4]]
     assert seen[1] == [(f"given label: home care, explain: {e.question}", e.rationale) for e in one.data.train[:4]]
 
@@ -177,9 +178,37 @@ def test_loss_weights(tmp_path: Path) -> None:
     """Catches alpha on the wrong loss: at step 0 of the warm-up the label loss weighs nothing, later 0.7."""
     one = tiny_run(tmp_path)
     for step, alpha in ((0, 0.0), (7, 0.7)):
-        loss, log = r2d.stage2_loss(one, one.data.train[:8], step, torch.Generator())
+        log = r2d.gradients(one, 2, step, one.data.train[:8], torch.Generator(), [])
         assert log["alpha"] == pytest.approx(alpha)
-        assert loss.item() == pytest.approx(alpha * log["loss_predict"] + (1 - alpha) * log["loss_explain"], rel=1e-5)
+        expected = alpha * log["loss_predict"] + (1 - alpha) * log["loss_explain"]
+        assert log["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 8])
+def test_a_batch_in_parts_gives_the_gradient_of_the_batch(parts: int, tmp_path: Path, monkeypatch) -> None:
+    """Catches parts that are averaged (their targets differ in length), and coins that depend on the parts."""
+    one = tiny_run(tmp_path, accumulate=parts, warmup=0.0, ramp=0.0, cap=0.5)
+    monkeypatch.setattr(r2d, "predict_labels", lambda run, questions: [one.data.labels[0]] * len(questions))
+    log = r2d.gradients(one, 2, 3, one.data.train[:8], torch.Generator().manual_seed(1), [])
+    whole = tiny_run(tmp_path, warmup=0.0, ramp=0.0, cap=0.5)
+    expected = r2d.gradients(whole, 2, 3, one.data.train[:8], torch.Generator().manual_seed(1), [])
+    assert log == pytest.approx(expected, rel=1e-5) and 0 < log["used_predicted"] < 8
+    for a, b in zip(one.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("option", "tolerance"), [("dtype", 2e-2), ("compile", 1e-5)])
+def test_bfloat16_and_compile_give_the_same_loss_within_their_tolerance(
+    option: str, tolerance: float, tmp_path
+) -> None:
+    """Catches an option that changes nothing, or computes something else."""
+    fast = tiny_run(tmp_path, **{option: "bfloat16" if option == "dtype" else True})
+    plain = tiny_run(tmp_path)
+    for stage in (1, 2):
+        log = r2d.gradients(fast, stage, 3, plain.data.train[:8], torch.Generator(), [])
+        expected = r2d.gradients(plain, stage, 3, plain.data.train[:8], torch.Generator(), [])
+        assert log["loss"] == pytest.approx(expected["loss"], rel=tolerance) and log["loss"] != expected["loss"] * 2
+    assert (fast.autocast()._enabled, fast.nll == fast.model.nll) == (option == "dtype", option == "dtype")
 
 
 def test_token_mean_ignores_padding_and_empty_targets(tmp_path: Path) -> None:
@@ -188,10 +217,11 @@ def test_token_mean_ignores_padding_and_empty_targets(tmp_path: Path) -> None:
     one.model.eval()
     sources = [one.prompts.source("explain:", e.question) for e in one.data.train[:2]]
     targets = [one.prompts.target("go"), one.prompts.target("see doctor within 24 hours")]
-    single = [r2d.token_mean(one, [s], [t]).item() * len(t) for s, t in zip(sources, targets, strict=True)]
-    both = r2d.token_mean(one, sources, targets).item()
+    single = [r2d.token_mean(one, [s], [t], len(t)).item() * len(t) for s, t in zip(sources, targets, strict=True)]
+    both = r2d.token_mean(one, sources, targets, sum(map(len, targets))).item()
     assert both == pytest.approx(sum(single) / sum(map(len, targets)), rel=1e-5)
-    with_empty = r2d.token_mean(one, [*sources, sources[0]], [*targets, one.prompts.target("")]).item()
+    targets.append(one.prompts.target(""))
+    with_empty = r2d.token_mean(one, [*sources, sources[0]], targets, sum(map(len, targets))).item()
     assert with_empty == pytest.approx(both, rel=1e-5)
 
 
@@ -202,9 +232,8 @@ def test_overfits_one_batch(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(one.model.parameters(), lr=3e-3)
     one.model.train()
     for step in range(200):
-        loss, _ = r2d.stage2_loss(one, examples, step, coin)
         optimizer.zero_grad()
-        loss.backward()
+        r2d.gradients(one, 2, step, examples, coin, [])
         optimizer.step()
     questions, gold = [e.question for e in examples], [e.label for e in examples]
     assert r2d.predict_labels(one, questions) == gold
@@ -288,16 +317,16 @@ def test_p_zero_is_gold_only_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(finished: Path, tmp_path: Path, monkeypatch) -> None:
     """Catches a resume that repeats, skips or reorders steps, or forgets the optimiser or the coins."""
-    step2 = r2d.stage2_loss
+    gradients = r2d.gradients
 
-    def stop_at_5(run: r2d.Run, examples: list, step: int, coin: torch.Generator) -> tuple:
-        if step == 5:
+    def stop_at_5(run: r2d.Run, stage: int, step: int, *rest: object) -> dict:
+        if (stage, step) == (2, 5):
             os.kill(os.getpid(), signal.SIGINT)
-        return step2(run, examples, step, coin)
+        return gradients(run, stage, step, *rest)
 
-    monkeypatch.setattr(r2d, "stage2_loss", stop_at_5)
+    monkeypatch.setattr(r2d, "gradients", stop_at_5)
     assert run(tmp_path / "run") == 130
-    monkeypatch.setattr(r2d, "stage2_loss", step2)
+    monkeypatch.setattr(r2d, "gradients", gradients)
     assert lines(tmp_path / "run" / "log.jsonl")[-1]["step"] == 5  # the step is finished, then the state is saved
     assert r2d.main(["--out", str(tmp_path / "run")]) == 0  # no options: those of the run
     assert same_state(tmp_path / "run", finished)
@@ -464,9 +493,9 @@ class Evil:
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_path: Path, monkeypatch, capsys) -> None:
     """Catches training on through nan, and a checkpoint full of nan."""
-    step2 = r2d.stage2_loss
-    nan = float("nan")
-    monkeypatch.setattr(r2d, "stage2_loss", lambda r, e, s, c: (step2(r, e, s, c)[0] * (nan if s == 6 else 1), {}))
+    mean, gradients, at = r2d.token_mean, r2d.gradients, []
+    monkeypatch.setattr(r2d, "gradients", lambda r, stage, s, *rest: at.append(s) or gradients(r, stage, s, *rest))
+    monkeypatch.setattr(r2d, "token_mean", lambda *a: mean(*a) * (float("nan") if at[-1] == 6 else 1))
     assert run(tmp_path / "run") == 2
     assert "step 6" in capsys.readouterr().err
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
