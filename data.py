@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import random
 import re
 from collections import Counter
@@ -342,6 +343,9 @@ COLUMNS = ("question", "label", "rationale")
 class InputError(ValueError):
     """What the user gave cannot be used. The message is one line: what, where, how to mend it."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))  # a key or a label in it may hold a line end
+
 
 def need(condition: object, message: str) -> None:
     if not condition:
@@ -353,7 +357,7 @@ def make_example(record: object, where: str) -> Example:
 
     Raises InputError if the record is no object, a column is missing, a value is no string, or question or label is empty.
     """
-    need(isinstance(record, dict), f"{where}: expected an object with {', '.join(COLUMNS)}")
+    need(isinstance(record, dict), f"{where}: expected an object; each record needs {', '.join(COLUMNS)}")
     for column in COLUMNS:
         need(column in record, f"{where}: no '{column}'; each record needs {', '.join(COLUMNS)}")
         text, kind = record[column], type(record[column]).__name__
@@ -367,11 +371,13 @@ def make_example(record: object, where: str) -> Example:
 
 def pubmedqa_record(record: dict, where: str) -> Example:
     """PubMedQA (Jin et al. 2019): question and abstract -> yes, no or maybe; the long answer is the rationale."""
+    unchanged = "this reader takes PubMedQA's ori_pqal.json unchanged"
+    need(isinstance(record, dict), f"{where}: expected an object; {unchanged}")
     for key in ("QUESTION", "CONTEXTS", "final_decision", "LONG_ANSWER"):
-        need(key in record, f"{where}: no '{key}'; this reader takes PubMedQA's ori_pqal.json unchanged")
+        need(key in record, f"{where}: no '{key}'; {unchanged}")
     texts = [record["QUESTION"], *record["CONTEXTS"]] if isinstance(record["CONTEXTS"], list) else [None]
     are_texts = all(isinstance(text, str) for text in texts)
-    need(are_texts, f"{where}: 'QUESTION' must be text and 'CONTEXTS' a list of texts")
+    need(are_texts, f"{where}: 'QUESTION' must be text and 'CONTEXTS' a list of texts; {unchanged}")
     values = (" ".join(texts), record["final_decision"], record["LONG_ANSWER"])
     return make_example(dict(zip(COLUMNS, values, strict=True)), where)
 
@@ -389,7 +395,7 @@ def read_bioasq(questions: object, path: Path) -> list[Example]:
         snippets, ideal, answer = item.get("snippets", []), item.get("ideal_answer", ""), item.get("exact_answer")
         snippets = snippets if isinstance(snippets, list) else [None]
         are_texts = all(isinstance(s, dict) and isinstance(s.get("text"), str) for s in snippets)
-        need(are_texts, f"{where}: 'snippets' must be a list of objects with a 'text'")
+        need(are_texts, f"{where}: 'snippets' must be a list of objects with a 'text'; {unchanged}")
         record = {"question": " ".join([item["body"], *(s["text"] for s in snippets)])}
         record["label"] = answer.lower() if isinstance(answer, str) else answer
         record["rationale"] = (ideal or [""])[0] if isinstance(ideal, list) else ideal
@@ -438,7 +444,7 @@ def read_csv(text: str, path: Path) -> list[Example]:
             rows.append(make_example(row, where))
         return rows
     except csv.Error as e:
-        where = f"{path}: line {reader.line_num}"
+        where = f"{path}: line {reader.reader.line_num}"
         raise InputError(f"{where}: not valid CSV ({e}); quote texts that hold quotes or commas") from None
 
 
@@ -455,7 +461,7 @@ def read_file(path: Path) -> tuple[list[Example], list[str] | None]:
     whole = parse_json(text, where if len(lines) == 1 else str(path))
     if isinstance(whole, dict) and "questions" in whole:
         return read_bioasq(whole["questions"], path), None
-    if isinstance(whole, dict) and whole and all(isinstance(record, dict) for record in whole.values()):
+    if isinstance(whole, dict) and "question" not in whole and any(isinstance(r, dict) for r in whole.values()):
         return [pubmedqa_record(record, f"{path}: id {key}") for key, record in whole.items()], list(whole)
     if isinstance(whole, list):
         return [make_example(record, f"{path}: record {i}") for i, record in enumerate(whole, 1)], None
@@ -464,10 +470,10 @@ def read_file(path: Path) -> tuple[list[Example], list[str] | None]:
 
 def read_splits(path: Path, seed: int) -> list[list[Example]]:
     """Train, val, test of a folder or a file. A file is split 80/10/10 by seed; PubMedQA by its official test ids."""
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises where the path cannot be looked at
         splits = []
         for split in ("train", "val", "test"):
-            found = [path / f"{split}{suffix}" for suffix in (".jsonl", ".csv") if (path / f"{split}{suffix}").exists()]
+            found = [file for file in (path / f"{split}.jsonl", path / f"{split}.csv") if os.path.exists(file)]
             both = f"both {split}.jsonl and" if found else f"neither {split}.jsonl nor"
             need(len(found) == 1, f"{path}: {both} {split}.csv; it needs one of them")
             splits.append(read_file(found[0])[0])
@@ -479,6 +485,7 @@ def read_splits(path: Path, seed: int) -> list[list[Example]]:
         official = parse_json(read_text(truth), str(truth))
         official = official if isinstance(official, dict) else {}
         test, order = [i for i in order if ids[i] in official], [i for i in order if ids[i] not in official]
+        need(test, f"{truth}: holds no id of {path.name}; take PubMedQA's own file, or move it elsewhere")
         n_val = len(order) // 10
     else:
         n_val = len(order) // 10

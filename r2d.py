@@ -160,7 +160,7 @@ def lr_at(step: int, steps: int, lr: float, warmup: float = 0.1) -> float:
 
     The paper has no warm-up; from small random models AdamW at full rate wipes out stage 1 when stage 2 begins.
     """
-    return lr * min((step + 1) / max(warmup * steps, 1), (steps - step) / max((1 - warmup) * steps, 1))
+    return lr * min(1, (step + 1) / max(warmup * steps, 1), (steps - step) / max((1 - warmup) * steps, 1))
 
 
 def flip_coins(n: int, p: float, generator: torch.Generator) -> list[bool]:
@@ -350,7 +350,7 @@ def write_file(path: Path, content: bytes, previous: Path | None = None) -> None
 
 
 def write_json(path: Path, content: object) -> None:
-    write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def save_checkpoint(path: Path, content: dict, previous: Path | None = None) -> None:
@@ -859,7 +859,8 @@ def check(o: Options) -> None:
         value, flag = getattr(o, name), name.replace("_", "-")
         need(value is None or low <= value <= high, f"--{flag} {value}: must be between {low} and {high}")  # nor nan
     zeroshot, several = o.method == "zeroshot", o.data == "triage" or o.rationales == o.stage1_rationales == "llm"
-    alone = not (o.stage == 1 or o.ask or o.init)
+    alone, judged = not (o.stage == 1 or o.ask or o.init), o.method != "sft" and o.stage == 2 and not o.ask
+    has_t5 = not o.bertscore or (Path(o.bertscore) / "spiece.model").is_file()
     rules = {
         f"--warmup {o.warmup} and --ramp {o.ramp}: together they must not pass 1": o.warmup + o.ramp <= 1,
         f"--width {o.width}: must be a multiple of --heads {o.heads}": o.width % o.heads == 0,
@@ -870,9 +871,11 @@ def check(o: Options) -> None:
         "--method zeroshot: trains nothing; leave out --stage 1, --ask and --init": not zeroshot or alone,
         "--llm and --llm-model: are for --method zeroshot": zeroshot or not (o.llm or o.llm_model),
         "--seeds: is for --compare METHOD ...; one run takes --seed N": o.compare or not o.seeds,
-        "--judge URL and --judge-model NAME: give both": (o.judge is None) == (o.judge_model is None),
-        "--judge: there are no rationales to judge": not o.judge or (o.method != "sft" and o.stage == 2 and not o.ask),
-        f"--bertscore {o.bertscore}: no such folder": o.bertscore is None or Path(o.bertscore).is_dir(),
+        "--judge URL and --judge-model NAME: give both": bool(o.judge) == bool(o.judge_model),
+        "--judge: there are no rationales to judge; leave it out": not o.judge or judged,
+        "--ask: holds half a character; write the note in UTF-8": not re.search("[\ud800-\udfff]", o.ask or ""),
+        "--init, --bertscore, --judge: the text is empty; leave it out": "" not in (o.init, o.bertscore, o.judge),
+        f"--bertscore {o.bertscore}: no T5 there; give a folder with spiece.model": has_t5,
     }
     for message, holds in rules.items():
         need(holds, message)
@@ -886,8 +889,12 @@ def read_config(out: Path) -> dict:
         saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
         if (IDENTITY | {"data_sha256"}) - saved.keys() or not isinstance(saved["labels"], list):
             raise ValueError
+        for f in fields(Options):  # edited by hand?
+            value, kind = saved[f.name], get_args(f.type) or f.type
+            if f.name in IDENTITY and not (isinstance(value, kind) and value in (f.metadata["choices"] or [value])):
+                raise ValueError
         return saved | {"model": saved["model"] and asdict(ModelConfig(**saved["model"]))}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         path = out / "config.json"
         raise InputError(f"{path}: not a file of this version of the program; give another --out") from None
 
@@ -958,10 +965,12 @@ def prepare(o: Options, labels: list[str] | None = None) -> Run:
         model = Transformer(config)
     prompts = Prompts(tokenizer, o.max_source, o.max_target)
     for label in dataset.labels:
+        fits, shown = len(prompts.ids(label)) < o.max_target, label[:50]
+        need(fits, f"{o.data}: the label {shown!r} is longer than --max-target; raise that, or rename it")
         same = tokenizer.decode(prompts.target(label)) == label
-        need(same, f"{o.data}: the tokenizer cannot write the label {label!r}; rename it")
+        need(same, f"{o.data}: the tokenizer cannot write the label {shown!r}; rename it")
         short = len(prompts.ids(EXPLAIN_GIVEN.format(label=label))) <= o.max_source // 2
-        need(short, f"{o.data}: the label {label!r} fills half of a prompt; rename it or raise --max-source")
+        need(short, f"{o.data}: the label {shown!r} fills half of a prompt; rename it or raise --max-source")
     model, nll = model.to(device), model.nll
     if dist.is_initialized():
         nll = DistributedDataParallel(Loss(model))
@@ -1061,6 +1070,7 @@ def compare(given: dict) -> None:
     for seed in seeds:
         for item in items:
             method, *changes = item.split(",")
+            need(not {"h", "help"} & {*changes}, f"--compare {item}: give python r2d.py -h for help")
             own = parse_options(["--method", method, *(f"--{change}" for change in changes)])
             wrong = sorted(own.keys() & (FREE | {"seed"}))
             need(not wrong, f"--compare {item}: {wrong} is for the whole comparison; give it as an option")
