@@ -319,7 +319,7 @@ def reading(path: Path) -> Iterator[None]:
 def load_checkpoint(path: Path, device: str, keys: set[str]) -> dict:
     """Tensors and plain values under these keys: weights_only=True refuses a pickle that would run code."""
     with reading(path):
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = dict(torch.load(path, map_location=device, weights_only=True))
         return {key: content[key] for key in keys}
 
 
