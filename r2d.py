@@ -641,9 +641,8 @@ def rationale_report(run: Run, conditions: dict[str, list[str]], texts: dict[str
         columns = ([column[i] for i in rows] for column in (written, references, given, gold))
         scores = report[name] = metrics.rationale_scores(*columns, argues)
         if encoder:
-            scores |= mean(
-                "bertscore_f1", [metrics.bertscore(vectors[written[i]], vectors[references[i]])[2] for i in rows]
-            )
+            f1 = [metrics.bertscore(vectors[written[i]], vectors[references[i]])[2] for i in rows]
+            scores |= mean("bertscore_f1", f1)
         if run.model:
             counts = nll_counts(run, [test[i] for i in rows], [explain_head(o.method, given[i]) for i in rows])
             scores |= metrics.ratio_and_interval("nll", *counts.T)
@@ -651,10 +650,8 @@ def rationale_report(run: Run, conditions: dict[str, list[str]], texts: dict[str
             scores |= mean("grounded", [100 * (not data.ungrounded(written[i], test[i].question)) for i in rows])
         if o.judge:
             chat = metrics.Chat(o.judge, o.judge_model, run.out / "judge.jsonl")
-            asked = [
-                {"question": test[i].question, "label": given[i], "text": written[i], "reference": references[i]}
-                for i in rows
-            ]
+            columns = ((test[i].question, given[i], written[i], references[i]) for i in rows)
+            asked = [dict(zip(("question", "label", "text", "reference"), row, strict=True)) for row in columns]
             scores |= metrics.judge_scores(list(tqdm(metrics.judge(chat, asked), f"judge, {name}", len(rows))))
     result = {"argues_by": "checker" if o.data == "triage" else "reader", "bertscore_encoder": encoder}
     result |= {"rationale": report} | ({"judge": o.judge_model} if o.judge else {})
@@ -664,10 +661,8 @@ def rationale_report(run: Run, conditions: dict[str, list[str]], texts: dict[str
         result["exposure"] |= {"following": flipped["argues_given"], "following_ci95": flipped["argues_given_ci95"]}
     result["self"] = mean("reader_accuracy", [100 * (reader(references[i]) == gold[i]) for i in scored])
     if run.model:
-        again = predict_labels(
-            run, texts["predicted"]
-        )  # P2: the model reads its own rationale as if it were a question
-        from_gold = predict_labels(run, references)  # Pg
+        # The paper's P2 and Pg: the model reads its own rationale, or the gold one, as if it were a question.
+        again, from_gold = predict_labels(run, texts["predicted"]), predict_labels(run, references)
         result["self"] |= mean("consistency", [100 * (again[i] == conditions["predicted"][i]) for i in scored])
         result["self"] |= mean("sufficiency", [100 * (again[i] == gold[i]) for i in scored])
         result["self"] |= mean("gold_robustness", [100 * (from_gold[i] == gold[i]) for i in scored])
