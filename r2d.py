@@ -182,6 +182,9 @@ class Run:
     nll: Callable[[Tensor, Tensor], Tensor] | None = None  # the model's, perhaps compiled or shared over processes
     tokens: int = 0  # source and target tokens seen by the losses, for the log
 
+    def __post_init__(self) -> None:
+        self.nll = self.nll or (self.model and self.model.nll)
+
     @property
     def out(self) -> Path:
         return Path(self.options.out)
@@ -328,6 +331,7 @@ def stage2_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of a run. Every write goes to a temporary name first: what stands under the real name is always whole.
 
+FAULTS = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError)
 STATE = {"stage", "step", "best", "worse", "model", "optimizer", "log_size", "rng", "coin"}  # what last.pt holds
 
 
@@ -344,8 +348,9 @@ def write_file(path: Path, content: bytes, previous: Path | None = None) -> None
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
-    except OSError:
+    except OSError as e:
         temporary.unlink(missing_ok=True)  # half a file on a full disk
+        e.filename = e.filename or str(path)
         raise
 
 
@@ -370,7 +375,7 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint; train first, or give a finished run to --out") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as e:
+    except FAULTS as e:
         what = f"not a checkpoint of this run and version ({type(e).__name__})"
         raise InputError(f"{path}: {what}; delete it, or start over with --fresh") from None
 
@@ -378,7 +383,7 @@ def reading(path: Path) -> Iterator[None]:
 def load_checkpoint(path: Path, device: str, keys: set[str]) -> dict:
     """Tensors and plain values under these keys: weights_only=True refuses a pickle that would run code."""
     with reading(path):
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = dict(torch.load(path, map_location=device, weights_only=True))
         return {key: content[key] for key in keys}
 
 
@@ -397,7 +402,10 @@ def last_state(out: Path) -> dict | None:
     for path in (out / "last.pt", out / "previous.pt"):
         if path.exists():
             try:
-                return load_checkpoint(path, "cpu", STATE)
+                with reading(path):
+                    state = load_checkpoint(path, "cpu", STATE)
+                    numbers = {key: int(state[key]) for key in ("stage", "step", "worse", "log_size")}
+                    return state | numbers | {"best": float(state["best"]), "path": path}
             except InputError as e:
                 damage = e
                 print(f"note: {e}", file=sys.stderr)
@@ -486,15 +494,18 @@ def validate(run: Run, stage: int) -> tuple[float, dict[str, float]]:
 def restore(run: Run, stage: int, optimizer: torch.optim.Optimizer, coin: torch.Generator) -> dict:
     """What the last save says of this stage, put back where it came from; its beginning if it says nothing."""
     beginning, state = {"step": 0, "best": -math.inf, "worse": 0, "log_size": 0}, last_state(run.out)
-    with reading(run.out / "last.pt"):
-        if state is None or state["stage"] != stage:
-            return beginning | ({"log_size": state["log_size"]} if state else {})
+    if state is None or state["stage"] != stage:
+        return beginning | ({"log_size": state["log_size"]} if state and state["stage"] < stage else {})
+    with reading(state["path"]):
         run.model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        for p, moments in optimizer.state.items():  # load_state_dict does not look, and the fused step reads beyond
+            fits = all(m.shape in ((), p.shape) for m in moments.values())
+            need(fits, f"{state['path']}: the optimiser does not fit; delete it, or start over with --fresh")
         torch.set_rng_state(state["rng"])
         coin.set_state(state["coin"])
         print(f"stage {stage}: goes on at step {state['step']}", flush=True)
-        return {key: type(value)(state[key]) for key, value in beginning.items()}
+        return {key: state[key] for key in beginning}
 
 
 def gradients(
@@ -553,9 +564,20 @@ def train(run: Run, stage: int) -> None:
     model.train()
     pause = 0.5 if sys.stderr.isatty() else 20  # seconds between two pictures of the bar
     bar = tqdm(range(start, steps), f"stage {stage}", steps, initial=start, mininterval=pause, disable=rank() > 0)
+
+    def save(step: int) -> None:
+        log.flush()
+        state = {"stage": stage, "step": step, "best": best, "worse": worse, "log_size": log.tell()}
+        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"rng": torch.get_rng_state(), "coin": coin.get_state()}
+        save_checkpoint(run.out / "last.pt", state, previous=run.out / "previous.pt")
+
     with bar, finish_the_step() as asked, open(run.out / "log.jsonl" if rank() == 0 else os.devnull, "ab") as log:
         if rank() == 0:
             log.truncate(min(state["log_size"], log.tell()))  # what was logged after the last save is logged again
+            log.seek(0, os.SEEK_END)
+        if start == 0 and stage == 1:
+            save(0)  # a stage1.pt without a last.pt is one of another run
         for step in bar:
             epoch, place = divmod(step, max(len(examples) // o.batch_size, 1))
             if place == 0 or step == start:
@@ -588,11 +610,7 @@ def train(run: Run, stage: int) -> None:
                         save_checkpoint(run.out / f"stage{stage}.pt", content)
             log.write((json.dumps(line) + "\n").encode())
             if check or stop:
-                log.flush()
-                state = {"stage": stage, "step": steps if worse >= patience else done, "best": best, "worse": worse}
-                state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log_size": log.tell()}
-                state |= {"rng": torch.get_rng_state(), "coin": coin.get_state()}
-                save_checkpoint(run.out / "last.pt", state, previous=run.out / "previous.pt")
+                save(steps if worse >= patience else done)
             if stop:
                 raise KeyboardInterrupt
             if worse >= patience:
@@ -726,9 +744,8 @@ def rationale_report(run: Run, conditions: dict[str, list[str]], texts: dict[str
         columns = ([column[i] for i in rows] for column in (written, references, given, gold))
         scores = report[name] = metrics.rationale_scores(*columns, argues)
         if encoder:
-            scores |= mean(
-                "bertscore_f1", [metrics.bertscore(vectors[written[i]], vectors[references[i]])[2] for i in rows]
-            )
+            f1 = [metrics.bertscore(vectors[written[i]], vectors[references[i]])[2] for i in rows]
+            scores |= mean("bertscore_f1", f1)
         if run.model:
             counts = nll_counts(run, [test[i] for i in rows], [explain_head(o.method, given[i]) for i in rows])
             scores |= metrics.ratio_and_interval("nll", *counts.T)
@@ -736,10 +753,8 @@ def rationale_report(run: Run, conditions: dict[str, list[str]], texts: dict[str
             scores |= mean("grounded", [100 * (not data.ungrounded(written[i], test[i].question)) for i in rows])
         if o.judge:
             chat = metrics.Chat(o.judge, o.judge_model, run.out / "judge.jsonl")
-            asked = [
-                {"question": test[i].question, "label": given[i], "text": written[i], "reference": references[i]}
-                for i in rows
-            ]
+            columns = ((test[i].question, given[i], written[i], references[i]) for i in rows)
+            asked = [dict(zip(("question", "label", "text", "reference"), row, strict=True)) for row in columns]
             scores |= metrics.judge_scores(list(tqdm(metrics.judge(chat, asked), f"judge, {name}", len(rows))))
     result = {"argues_by": "checker" if o.data == "triage" else "reader", "bertscore_encoder": encoder}
     result |= {"rationale": report} | ({"judge": o.judge_model} if o.judge else {})
@@ -749,10 +764,8 @@ def rationale_report(run: Run, conditions: dict[str, list[str]], texts: dict[str
         result["exposure"] |= {"following": flipped["argues_given"], "following_ci95": flipped["argues_given_ci95"]}
     result["self"] = mean("reader_accuracy", [100 * (reader(references[i]) == gold[i]) for i in scored])
     if run.model:
-        again = predict_labels(
-            run, texts["predicted"]
-        )  # P2: the model reads its own rationale as if it were a question
-        from_gold = predict_labels(run, references)  # Pg
+        # The paper's P2 and Pg: the model reads its own rationale, or the gold one, as if it were a question.
+        again, from_gold = predict_labels(run, texts["predicted"]), predict_labels(run, references)
         result["self"] |= mean("consistency", [100 * (again[i] == conditions["predicted"][i]) for i in scored])
         result["self"] |= mean("sufficiency", [100 * (again[i] == gold[i]) for i in scored])
         result["self"] |= mean("gold_robustness", [100 * (from_gold[i] == gold[i]) for i in scored])
@@ -887,7 +900,7 @@ def read_config(out: Path) -> dict:
     """The config.json of a run. Raises InputError if it is not one of this version."""
     try:
         saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        if (IDENTITY | {"data_sha256"}) - saved.keys() or not isinstance(saved["labels"], list):
+        if not (isinstance(saved["labels"], list) and all(isinstance(label, str) for label in saved["labels"])):
             raise ValueError
         for f in fields(Options):  # edited by hand?
             value, kind = saved[f.name], get_args(f.type) or f.type
@@ -950,7 +963,7 @@ def prepare(o: Options, labels: list[str] | None = None) -> Run:
     torch.manual_seed(o.seed)
     begun = (out / "tokenizer.model").exists() and not o.fresh
     if begun and (out / "config.json").exists() and not labels:
-        same = read_config(out)["data_sha256"] == dataset.sha256()
+        same = read_config(out).get("data_sha256") == dataset.sha256()
         need(same, f"{o.data}: changed since the run in {out} began; give another --out, or --fresh to start over")
     if o.init and not (begun and ((out / "last.pt").exists() or (out / "previous.pt").exists())):
         model, tokenizer = load_pretrained(o.init, o.dropout)
@@ -971,12 +984,12 @@ def prepare(o: Options, labels: list[str] | None = None) -> Run:
         need(same, f"{o.data}: the tokenizer cannot write the label {shown!r}; rename it")
         short = len(prompts.ids(EXPLAIN_GIVEN.format(label=label))) <= o.max_source // 2
         need(short, f"{o.data}: the label {shown!r} fills half of a prompt; rename it or raise --max-source")
-    model, nll = model.to(device), model.nll
+    run = Run(o, dataset, prompts, model.to(device), device)
     if dist.is_initialized():
-        nll = DistributedDataParallel(Loss(model))
+        run.nll = DistributedDataParallel(Loss(model))
     if o.compile:
-        nll = torch.compile(nll, dynamic=True)
-    return Run(o, dataset, prompts, model, device, nll)
+        run.nll = torch.compile(run.nll, dynamic=True)
+    return run
 
 
 def describe(run: Run) -> None:
@@ -1000,12 +1013,12 @@ def describe(run: Run) -> None:
 def start(run: Run) -> None:
     """Write what does not change in the folder of a run: config.json and tokenizer.model."""
     o, out = run.options, run.out
-    if run.prompts:
-        write_file(out / "tokenizer.model", run.prompts.tokenizer.model)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     versions["sentencepiece"] = sentencepiece.__version__
     shape = {"labels": run.data.labels, "model": run.model and asdict(run.model.config)}
     write_json(out / "config.json", {**asdict(o), **shape, "data_sha256": run.data.sha256(), "versions": versions})
+    if run.prompts:
+        write_file(out / "tokenizer.model", run.prompts.tokenizer.model)
 
 
 def ask(o: Options) -> None:
@@ -1024,7 +1037,11 @@ def job(o: Options) -> None:
     trained = (out / "stage2.pt").exists() or o.method == "zeroshot"
     begun = (out / "last.pt").exists() or (out / "previous.pt").exists()
     if not (o.eval or o.ask or o.fresh) and o.stage == 2 and trained and (out / "metrics.json").exists():
-        return print(f"{out} holds a finished run, see its metrics.json; --eval evaluates again, --fresh starts over")
+        state = last_state(out)  # an --eval may have come before the end of the training
+        if state is None or (state["stage"] == 2 and state["step"] >= (o.stage2_steps or 0)):
+            return print(
+                f"{out} holds a finished run, see its metrics.json; --eval scores it again, --fresh starts over"
+            )
     if (o.eval or o.ask) and not trained and (o.ask or begun or not o.init):
         raise InputError(f"{out / 'stage2.pt'}: no such checkpoint; train first, or give a finished run to --out")
     if o.ask:
@@ -1085,7 +1102,11 @@ def compare(given: dict) -> None:
     for item, o in plan:
         print(f"\n{item}, seed {o.seed}", flush=True)
         job(o)
-        results[item].append(json.loads((Path(o.out) / "metrics.json").read_text(encoding="utf-8")))
+        path = Path(o.out) / "metrics.json"
+        try:
+            results[item].append(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError:
+            raise InputError(f"{path}: damaged; delete it and give the same command again") from None
 
     def number(result: dict, path: str) -> float:
         found = functools.reduce(lambda group, key: group.get(key, {}), path.split(), result)
@@ -1166,10 +1187,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        again = (
-            "give the same command again" if "--compare" in (arguments or sys.argv) else f"python r2d.py --out {out}"
-        )
-        print(f"\nstopped; to go on where it was last saved: {again}", file=sys.stderr)
+        print("\nstopped; the same command again goes on where it was last saved", file=sys.stderr)
         return 130
     return 0
 

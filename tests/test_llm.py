@@ -663,7 +663,7 @@ def test_a_zero_shot_run_has_scores_and_no_weights(serve: Serve, tmp_path: Path,
     """Catches a baseline that trains, has conditions it cannot have, misses a score, or pays again when called."""
     server, out = serve(otherwise=says(TOLD)), tmp_path / "run"
     assert zeroshot(out, server.url) == 0
-    assert set(contents(out)) == {"config.json", "llm.jsonl", "predictions.jsonl", "metrics.json"}
+    assert set(contents(out)) == {"config.json", "llm.jsonl", "predictions.jsonl", "metrics.json", "lock"}
     result, rows = read(out / "metrics.json"), lines(out / "predictions.jsonl")
     right = sum(row["label"] == LABEL for row in rows)
     assert len(rows) == 12 and len(set(server.prompts)) == len(server.asked) <= 12 and 0 < right < 12

@@ -477,6 +477,7 @@ def test_a_damaged_or_hostile_checkpoint_is_refused(finished: Path, tmp_path: Pa
     """Catches a traceback from a truncated file, and a pickle that runs code when it is read."""
     assert run(tmp_path / "run", "--stage", "1") == 0
     last = tmp_path / "run" / "last.pt"
+    (tmp_path / "run" / "previous.pt").unlink()  # else the run goes on from there
     last.write_bytes(last.read_bytes()[:1000])
     assert run(tmp_path / "run") == 2 and "last.pt" in capsys.readouterr().err
     torch.save({"stage": Evil(tmp_path / "evil")}, last)
@@ -534,7 +535,7 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, message = process.communicate(timeout=60)
-    assert process.returncode == 130 and f"--out {out}" in message and "Traceback" not in message
+    assert process.returncode == 130 and "same command" in message and "Traceback" not in message
     assert torch.load(out / "last.pt", weights_only=True)["stage"] == 2
 
 
