@@ -883,6 +883,8 @@ def check(o: Options) -> None:
         "--method zeroshot: needs --llm URL and --llm-model NAME": not zeroshot or (o.llm and o.llm_model),
         "--method zeroshot: trains nothing; leave out --stage 1, --ask and --init": not zeroshot or alone,
         "--llm and --llm-model: are for --method zeroshot": zeroshot or not (o.llm or o.llm_model),
+        "--judge and --method zeroshot: ask in one process; leave torchrun out": world() == 1
+        or not (o.judge or zeroshot),
         "--seeds: is for --compare METHOD ...; one run takes --seed N": o.compare or not o.seeds,
         "--judge URL and --judge-model NAME: give both": bool(o.judge) == bool(o.judge_model),
         "--judge: there are no rationales to judge; leave it out": not o.judge or judged,
@@ -953,6 +955,11 @@ def prepare(o: Options, labels: list[str] | None = None) -> Run:
         dataset = data.load_data(o.data, o.seed, o.limit, o.rationales, o.stage1_rationales)
         some = o.method == "sft" or any(e.rationale for e in dataset.train)
         need(some, f"{o.data}: no train example has a rationale; fill the column, or use --method sft")
+        least = min(o.batch_size, len(dataset.train))
+        enough = o.method == "zeroshot" or least >= o.accumulate * world()
+        need(
+            enough, f"--accumulate {o.accumulate}: {world()} processes cannot share a batch of {least} in so many parts"
+        )
     epoch = max(len(dataset.train) // o.batch_size, 1)
     stage1 = o.stage1_steps or min(200, 20 * epoch)
     stage2 = o.stage2_steps or min(1200, 20 * epoch) + stage1 * (not o.has_stage1)  # equal budgets: stage 1's go there

@@ -21,6 +21,7 @@ import r2d
 FOLDER = ROOT / "notebooks" / "assignment"
 REFERENCE = f"""
 import math, sys, time
+import contextlib
 from types import SimpleNamespace
 from unittest import mock
 import torch
@@ -43,9 +44,8 @@ draw_coins = r2d.flip_coins
 def explain_batch(examples, labels, coins, predict, training):
     notes = [SimpleNamespace(**e) for e in examples]
     run = SimpleNamespace(data=SimpleNamespace(labels=labels))
-    fixed = {{"flip_coins": lambda n, p, coin: coins, "predict_labels": lambda run, questions: predict(questions)}}
-    with mock.patch.multiple(r2d, **fixed):
-        given = r2d.labels_in_prompts(run, notes, 0.5, None)[0] if training else [note.label for note in notes]
+    with mock.patch.object(r2d, "predict_labels", lambda run, questions: predict(questions)):
+        given = r2d.labels_in_prompts(run, notes, coins)[0] if training else [note.label for note in notes]
     heads = [r2d.explain_head("r2d", label) for label in given]
     prompts = [f"{{head}} {{note.question}}" for head, note in zip(heads, notes)]
     return prompts, [note.rationale for note in notes]
@@ -74,9 +74,9 @@ def shift_right(targets):
 
 def token_mean_loss(logits, targets):
     core = Core(None)
-    core.forward = lambda source, labels: logits
-    run = SimpleNamespace(tokens=0, device="cpu", model=core)
-    return r2d.token_mean(run, targets.tolist(), targets.tolist())
+    core.decode, core.logits = (lambda source, labels: logits), (lambda x: x)
+    run = SimpleNamespace(tokens=0, device="cpu", nll=core.nll, autocast=contextlib.nullcontext)
+    return r2d.token_mean(run, targets.tolist(), targets.tolist(), int((targets != 0).sum()))
 
 def greedy_decode(model, source, max_new_tokens):
     return Transformer.generate(Core(model), source, max_new_tokens, use_cache=False)

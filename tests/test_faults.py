@@ -144,14 +144,14 @@ def done(finished: Path, tmp_path: Path) -> Path:
 
 def at_step(patch: pytest.MonkeyPatch, number: int, act: Callable[[], object]) -> None:
     """Call `act` at the beginning of that step of stage 2."""
-    real = r2d.stage2_loss
+    real = r2d.gradients
 
-    def loss(one: r2d.Run, examples: list, step: int, coin: torch.Generator) -> tuple:
-        if step == number:
+    def gradients(one: r2d.Run, stage: int, step: int, *rest: object) -> dict:
+        if (stage, step) == (2, number):
             act()
-        return real(one, examples, step, coin)
+        return real(one, stage, step, *rest)
 
-    patch.setattr(r2d, "stage2_loss", loss)
+    patch.setattr(r2d, "gradients", gradients)
 
 
 # --- processes that are killed
@@ -646,12 +646,12 @@ def test_after_a_loss_that_is_not_finite_the_run_goes_on_from_the_last_save(
     value: float, stopped: Path, finished: Path, monkeypatch, capsys
 ) -> None:
     """Catches a save of broken weights, a message without the place, and a run that cannot be mended."""
-    before, real = files(stopped), r2d.stage2_loss
-    monkeypatch.setattr(r2d, "stage2_loss", lambda *a: (real(*a)[0] * (value if a[2] == 11 else 1), real(*a)[1]))
+    before, real = files(stopped), r2d.token_mean
+    at_step(monkeypatch, 11, lambda: monkeypatch.setattr(r2d, "token_mean", lambda *a: real(*a) * value))
     assert refused(run(stopped), capsys.readouterr().err, "stage 2", "step 11", "--lr")
     after = files(stopped)
     assert all(after[name] == before[name] for name in before if name.endswith(".pt"))
-    monkeypatch.setattr(r2d, "stage2_loss", real)
+    monkeypatch.undo()
     assert run(stopped) == 0
     check_same(stopped, finished)
 

@@ -1,0 +1,90 @@
+"""More than one process: torchrun with two processes on this machine (gloo) against one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_r2d import FILES, ROOT, lines
+
+OPTIONS = "--limit 64 --stage1-steps 8 --stage2-steps 12 --warmup 0 --ramp 0.2 --eval-every 4 --batch-size 8 --lr 0.05"
+OPTIONS = [*OPTIONS.split(), *"--width 32 --heads 2 --layers 1 --vocab-size 400 --max-target 24 --device cpu".split()]
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Notes so easy that labels are valid after a few steps, so that coins decide what stands in the prompts."""
+    path = tmp_path_factory.mktemp("notes") / "notes.jsonl"
+    rows = [
+        {"question": f"{'bad' if i % 3 else 'mild'} arm {i}", "label": "go" if i % 3 else "stay"} for i in range(90)
+    ]
+    path.write_text("\n".join(json.dumps(row | {"rationale": f"it is {row['question']}"}) for row in rows), "utf-8")
+    return path
+
+
+def start(out: Path, notes: Path, processes: int, *more: str) -> subprocess.Popen:
+    program = [sys.executable]
+    if processes > 1:
+        program += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+        program += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
+    command = [*program, str(ROOT / "r2d.py"), "--data", str(notes), "--out", str(out), *OPTIONS, *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def one(notes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("one") / "run"
+    process = start(out, notes, 1)
+    assert process.communicate(timeout=120) and process.returncode == 0
+    return out
+
+
+def test_two_processes_are_one_run(one: Path, notes: Path, tmp_path: Path) -> None:
+    """Catches a batch seen twice, gradients of the wrong size, the same coins on every rank, rows gathered in disorder,
+    and two writers: 20 steps with the losses of one process, its labels in the prompts, its predictions."""
+    out = tmp_path / "run"
+    process = start(out, notes, 2)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    logs = [lines(folder / "log.jsonl") for folder in (one, out)]
+    assert [line["step"] for line in logs[1]] == [*range(8), *range(12)]
+    for a, b in zip(*logs, strict=True):
+        for key in ("loss", "loss_predict", "loss_explain", "grad_norm", "val_loss", "val_nll_predicted"):
+            assert b.get(key) == pytest.approx(a.get(key), abs=1e-4)
+        assert a["used_predicted"] == b["used_predicted"]
+    assert any(0 < line["used_predicted"] < 8 for line in logs[0])
+    assert (out / "predictions.jsonl").read_bytes() == (one / "predictions.jsonl").read_bytes()
+    assert {path.name for path in out.iterdir()} == FILES
+    scores = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in (one, out)]
+    assert scores[1]["rationale"].keys() == scores[0]["rationale"].keys()
+    assert scores[1]["label"] == scores[0]["label"] and said.count("evaluation of") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_a_lost_process_ends_the_run_and_one_process_goes_on(notes: Path, tmp_path: Path) -> None:
+    """Catches a run that hangs when a machine dies, a traceback in place of a message, and a save nobody can use."""
+    out = tmp_path / "run"
+    process = start(out, notes, 2, "--stage2-steps", "5000")
+    deadline = time.time() + 100
+    while not (out / "stage1.pt").exists() or len(lines_so_far(out)) < 12:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode != 0 and "lost the others" in said
+    again = start(out, notes, 1, "--stage2-steps", "5000")
+    time.sleep(0)
+    while "goes on at step" not in again.stdout.readline():
+        assert again.poll() is None
+    again.send_signal(signal.SIGTERM)
+    assert "the same command again" in again.communicate(timeout=60)[0] and again.returncode == 130
+
+
+def lines_so_far(out: Path) -> list[bytes]:
+    return (out / "log.jsonl").read_bytes().splitlines() if (out / "log.jsonl").exists() else []
