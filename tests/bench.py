@@ -1,0 +1,207 @@
+"""Ours against a transformers T5 trained the way the paper's stage 2 works: python tests/bench.py [--size t5-small]
+
+Both have the same weights and get the same batches, in turn, in one process; each row is the median and the ratio of
+the medians (above 1: ours is better). The peer tokenizes in the loop, pads batches in the order of the data, generates
+labels for the whole batch, and then draws the coins. Needs tests/requirements.txt. Prints a table, then JSON.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import r2d  # noqa: E402
+from model import t5_names  # noqa: E402
+
+SIZES = {"default": {}, "t5-small": {"width": 512, "layers": 6, "heads": 8, "vocab_size": 8000}}
+
+
+def ours(size: str, steps: int, out: str) -> r2d.Run:
+    """A run of this size with some steps of stage 1 behind it, so that rationales end where real ones do."""
+    run = r2d.prepare(r2d.Options(out=out, stage1_steps=max(steps, 1), **SIZES[size]))
+    Path(out).mkdir(parents=True, exist_ok=True)
+    if steps:
+        r2d.train(run, 1)
+    return run
+
+
+class Peer:
+    """T5ForConditionalGeneration with our weights, and the authors' kind of step."""
+
+    def __init__(self, run: r2d.Run):
+        from transformers import T5Config, T5ForConditionalGeneration, logging
+
+        logging.set_verbosity_error()
+        c, self.tokenizer = run.model.config, run.prompts.tokenizer
+        config = T5Config(
+            vocab_size=c.vocab_size, d_model=c.d_model, d_kv=c.d_kv, d_ff=c.d_ff, num_layers=c.n_encoder_layers,
+            num_decoder_layers=c.n_decoder_layers, num_heads=c.n_heads, dropout_rate=0.0, decoder_start_token_id=0,
+        )  # fmt: skip
+        self.model, weights = T5ForConditionalGeneration(config), {}
+        for name, p in run.model.named_parameters():
+            names = t5_names(name, c.gated)
+            weights |= dict(zip(names, p.detach().chunk(len(names)), strict=True))
+        assert not self.model.load_state_dict(weights, strict=False).unexpected_keys
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+
+    def tokens(self, texts: list[str], limit: int = 256) -> torch.Tensor:
+        return data.pad([[*self.tokenizer.encode(text)[: limit - 1], 1] for text in texts])
+
+    def loss(self, sources: list[str], targets: list[str]) -> torch.Tensor:
+        ids, labels = self.tokens(sources), self.tokens(targets)
+        labels = labels.masked_fill(labels == 0, -100)
+        return self.model(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels).loss
+
+    def generate(self, sources: list[str], limit: int) -> list[str]:
+        ids = self.tokens(sources)
+        kind = {"max_new_tokens": limit, "num_beams": 1, "do_sample": False}
+        out = self.model.generate(ids, attention_mask=(ids != 0).long(), **kind)
+        return [self.tokenizer.decode(row) for row in out[:, 1:].tolist()]
+
+    def step(self, batch: list[data.Example], stage: int, p: float, longest: int) -> None:
+        gold, given = [e.label for e in batch], [f"explain: {e.question}" for e in batch]
+        loss = 0.0
+        if stage == 2:
+            prompts = [f"predict: {e.question}" for e in batch]
+            own = self.generate(prompts, longest) if p > 0 else gold
+            labels = [a if random.random() < p else b for a, b in zip(own, gold, strict=True)]
+            given = [f"given label: {label}, explain: {e.question}" for label, e in zip(labels, batch, strict=True)]
+            loss = 0.7 * self.loss(prompts, gold)
+        loss = loss + (0.3 if stage == 2 else 1.0) * self.loss(given, [e.rationale for e in batch])
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+
+def our_step(run: r2d.Run, batch: list[data.Example], stage: int, p: float, optimizer: torch.optim.Optimizer) -> None:
+    run.options = r2d.dataclasses.replace(run.options, warmup=0.0, ramp=0.0, cap=p, stage2_steps=1000)
+    optimizer.zero_grad()
+    r2d.gradients(run, stage, 500, batch, torch.Generator().manual_seed(0), [])
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    optimizer.step()
+
+
+def in_turn(tries: int, *works: Callable[[int], object]) -> list[float]:
+    """Median seconds of each work, run in turn on the same item; one try of each before the clock starts."""
+    times = [[] for _ in works]
+    for i in range(-1, tries):
+        for work, column in zip(works, times, strict=True):
+            began = time.perf_counter()
+            work(max(i, 0))
+            column.append(time.perf_counter() - began)
+    return [statistics.median(column[1:]) for column in times]
+
+
+def child(program: list[str]) -> tuple[float, float]:
+    """Seconds and peak memory in MB of a whole process."""
+    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)"
+    code += "; print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    began = time.perf_counter()
+    said = subprocess.run([sys.executable, "-c", code, *program], capture_output=True, text=True, check=True).stdout
+    return time.perf_counter() - began, int(said) / 1024
+
+
+def memory_run(who: str, size: str, out: str) -> None:
+    """Ten steps of stage 2 at P = 0.9: what `child` measures the memory of."""
+    run = ours(size, 0, out)
+    run.model.train()
+    peer = Peer(run) if who == "peer" else None
+    optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e-5, fused=True)
+    for batch in (run.data.train[i * 32 : i * 32 + 32] for i in range(10)):
+        peer.step(batch, 2, 0.9, 8) if peer else our_step(run, batch, 2, 0.9, optimizer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="default")
+    parser.add_argument("--tries", type=int, default=15, help="steps of each kind (default 15)")
+    parser.add_argument(
+        "--steps", type=int, default=200, help="steps of stage 1 before anything is timed (default 200)"
+    )
+    parser.add_argument("--notes", type=int, default=256, help="test notes for generation and evaluation (default 256)")
+    parser.add_argument("--out", default="bench", help="folder for the run that is timed (default bench)")
+    parser.add_argument("--memory", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    o = parser.parse_args()
+    if o.memory:
+        return memory_run(o.memory, o.size, o.out)
+    run = ours(o.size, o.steps, o.out)
+    peer, rows = Peer(run), {}
+    optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e-5, fused=True)
+    lengths = [len(run.prompts.source(data.EXPLAIN, e.question)) for e in run.data.train]
+    bucketed = [[run.data.train[i] for i in rows] for rows in data.batch_order(lengths, 32, 0, 0)]
+    plain = [run.data.train[i : i + 32] for i in range(0, 32 * (o.tries + 1), 32)]
+    longest = max(len(run.prompts.target(label)) for label in run.data.labels)
+
+    def row(name: str, ours: float, peer: float, unit: str = "ms", ratio: float | None = None) -> None:
+        rows[name] = {"ours": ours, "peer": peer, "unit": unit, "ratio": ratio or peer / ours}
+        print(f"{name:38}{ours:12.1f}{peer:12.1f} {unit:9}{rows[name]['ratio']:8.2f}", flush=True)
+
+    print(f"{o.size}: {sum(p.numel() for p in run.model.parameters()):,} weights, {torch.get_num_threads()} threads")
+    print(f"{'':38}{'ours':>12}{'peer':>12} {'':9}{'ratio':>8}")
+    run.model.train()
+    for stage, p in ((1, 0.0), (2, 0.0), (2, 0.5), (2, 0.9)):
+        seconds = in_turn(
+            o.tries,
+            lambda i, stage=stage, p=p: our_step(run, bucketed[i], stage, p, optimizer),
+            lambda i, stage=stage, p=p: peer.step(plain[i], stage, p, longest),
+        )
+        row(f"stage {stage} step" + f", P(predicted) {p}" * (stage == 2), *(1000 * s for s in seconds))
+    run.model.eval()
+    peer.model.eval()
+    test = run.data.test[: o.notes]
+    questions, gold = [e.question for e in test], [e.label for e in test]
+    prompts = [r2d.EXPLAIN_GIVEN.format(label=e.label) + " " + e.question for e in test]
+    tokens = sum(len(run.prompts.ids(text)) + 1 for text in r2d.explain(run, questions, gold))
+    chunks = [prompts[i : i + 64] for i in range(0, len(prompts), 64)]
+    seconds = in_turn(
+        3,
+        lambda i: r2d.explain(run, questions, gold),
+        lambda i: [peer.generate(chunk, run.options.max_target) for chunk in chunks],
+    )
+    row("rationale generation", tokens / seconds[0], tokens / seconds[1], "tokens/s", seconds[1] / seconds[0])
+    run.data = r2d.dataclasses.replace(run.data, test=test, ceiling=None)
+
+    def peer_evaluates(i: int) -> None:
+        """Labels, and rationales under three conditions; the scoring is left to us."""
+        for _ in range(3):
+            [peer.generate(chunk, run.options.max_target) for chunk in chunks]
+        [peer.generate(chunk, longest) for chunk in chunks]
+
+    evaluated = in_turn(1, lambda i: r2d.evaluate(run), peer_evaluates)
+    row("evaluation (the peer's without scores)", *evaluated, "s")
+    helped = [statistics.median(child([sys.executable, *program])[0] for _ in range(5)) for program in (
+        [str(ROOT / "r2d.py"), "--help"],
+        ["-c", "import argparse, torch, transformers; from transformers import T5ForConditionalGeneration, Trainer"],
+    )]  # fmt: skip
+    row("start-up (--help; the peer's imports)", *helped, "s")
+    memory = [
+        child([sys.executable, __file__, "--size", o.size, "--out", o.out, "--memory", who])[1]
+        for who in ("ours", "peer")
+    ]
+    row("peak memory, stage 2", *memory, "MB")
+
+    run.model.train()
+    with FlopCounterMode(display=False) as counter:
+        our_step(run, bucketed[0], 1, 0.0, optimizer)
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    step, product = in_turn(o.tries, lambda i: our_step(run, bucketed[0], 1, 0.0, optimizer), lambda i: a @ b)
+    ceiling, rate = 2 * 1024**3 / product, counter.get_total_flops() / step
+    rows["utilisation"] = {"ours": 100 * rate / ceiling, "gflops": rate / 1e9, "ceiling_gflops": ceiling / 1e9}
+    print(f"stage 1 step: {rate / 1e9:.0f} Gflop/s, {100 * rate / ceiling:.0f} % of a product's {ceiling / 1e9:.0f}")
+    print(json.dumps({"size": o.size, "threads": torch.get_num_threads(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
