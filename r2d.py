@@ -536,7 +536,7 @@ def gradients(
     if world() > 1:
         values = torch.tensor([float(sums[key]) for key in sorted(sums)], device=run.device)
         dist.all_reduce(values)
-        sums = dict(zip(sorted(sums), values.tolist(), strict=True))
+        sums = {key: type(sums[key])(value) for key, value in zip(sorted(sums), values.tolist(), strict=True)}
     return {"loss_predict": None, "loss_explain": None, "alpha": alpha, "p_predicted": p, "used_predicted": 0, **sums}
 
 
