@@ -530,8 +530,8 @@ class Tokenizer:
             raise InputError(f"{path}: {e.strerror}; the tokenizer belongs beside the weights") from None
         except RuntimeError:
             raise InputError(f"{path}: not a SentencePiece model; fetch it again") from None
-        if (tokenizer.processor.pad_id(), tokenizer.processor.eos_id()) != (0, 1):
-            raise InputError(f"{path}: padding and end are not the ids 0 and 1; give the tokenizer of a T5")
+        like_t5 = (tokenizer.processor.pad_id(), tokenizer.processor.eos_id()) == (0, 1)
+        need(like_t5, f"{path}: padding and end are not the ids 0 and 1; give the tokenizer of a T5")
         return tokenizer
 
     @classmethod

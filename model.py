@@ -292,12 +292,7 @@ class Transformer(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # T5 checkpoints in the Hugging Face layout: every size of v1.0, v1.1 and Flan-T5.
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHT_FILES = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 
 
 def read_t5_config(path: Path, dropout: float = 0.0) -> ModelConfig:
@@ -391,8 +386,8 @@ def load_t5(folder: Path, dropout: float = 0.0) -> Transformer:
         found |= read_weights(folder / file)
     # Names that T5 files may hold besides: copies of the embedding, and a bias of v1.0 that no layer uses.
     for copy in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
-        found = {"shared.weight": found[copy], **found} if copy in found else found
-        found.pop(copy, None)
+        if copy in found:
+            found.setdefault("shared.weight", found.pop(copy))
     found.pop("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None)
     if config.tied and "lm_head.weight" in found:  # transformers 5 says tied of every T5; the file knows better
         same = "shared.weight" in found and torch.equal(found["lm_head.weight"], found["shared.weight"])

@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import get_args
@@ -56,9 +56,7 @@ SCHEDULES = ("linear", "exponential", "inverse-sigmoid", "none")
 @dataclass(frozen=True)
 class Options:
     stage: int = option(2, "1: rationale pre-training only; 2: the rest, after stage 1 if that is missing", (1, 2))
-    method: str = option(
-        "r2d", "the paper's; sft: label only; dss: label and rationale apart; zeroshot: an LLM", METHODS
-    )
+    method: str = option("r2d", "sft: label only; dss: label and rationale apart; zeroshot: an LLM", METHODS)
     no_stage1: bool = option(False, "ablation: start stage 2 from random weights")
     schedule: str = option("linear", "how P(predicted label in the prompt) rises; none: gold labels only", SCHEDULES)
     warmup: float = option(0.05, "share of stage 2 in which P(predicted) is 0 and alpha rises from 0")
@@ -74,9 +72,7 @@ class Options:
     stage2_steps: int | None = option(None, "updates in stage 2; default 1200 or 20 epochs, plus stage 1's if left out")
     batch_size: int = option(32, "examples per update, over all processes")
     accumulate: int = option(1, "parts that a batch is computed in, one after the other; saves memory, not time")
-    lr: float | None = option(
-        None, "peak rate of AdamW, relative to each tensor's size; default 0.02, with --init 0.001"
-    )
+    lr: float | None = option(None, "peak rate, relative to each tensor's size; default 0.02, with --init 0.001")
     eval_every: int = option(150, "updates between two validations")
     width: int = option(128, "width of the model (d_model); feed-forward layers are 4 times as wide")
     layers: int = option(2, "layers of the encoder, and of the decoder")
@@ -90,23 +86,15 @@ class Options:
     dtype: str = option("float32", "of matrix products; weights and sums stay float32", ("float32", "bfloat16"))
     compile: bool = option(False, "compile the loss with torch.compile: slow to start, for long runs on a GPU")
     eval: bool = option(False, "evaluate the checkpoint in --out, without training")
-    init: str | None = option(
-        None, "start from the T5 or Flan-T5 checkpoint in this folder; default random", metavar="DIR"
-    )
+    init: str | None = option(None, "start from the T5 or Flan-T5 in this folder; default random", metavar="DIR")
     ask: str | None = option(None, "judge one note with the checkpoint in --out; default no note", metavar="TEXT")
     fresh: bool = option(False, "start over: move what is in --out aside first")
     bertscore: str | None = option(None, "BERTScore by the encoder of this T5; default the run's own", metavar="DIR")
     judge: str | None = option(None, "a chat endpoint that grades the rationales; default none", metavar="URL")
-    judge_model: str | None = option(
-        None, "its model, default none; the key stands in the variable R2D_API_KEY", metavar="NAME"
-    )
-    llm: str | None = option(
-        None, "the chat endpoint of --method zeroshot, like http://host/v1; default none", metavar="URL"
-    )
+    judge_model: str | None = option(None, "its model, default none; key: the variable R2D_API_KEY", metavar="NAME")
+    llm: str | None = option(None, "the chat endpoint of --method zeroshot; default none", metavar="URL")
     llm_model: str | None = option(None, "its model; default none", metavar="NAME")
-    compare: tuple[str, ...] | None = option(
-        None, "compare METHOD[,OPTION=VALUE...] ... in --out; default none", metavar="METHOD"
-    )
+    compare: tuple[str, ...] | None = option(None, "compare METHOD[,OPTION=VALUE...]; default none", metavar="METHOD")
     seeds: tuple[int, ...] | None = option(None, "the seeds of --compare; default 0 1 2 3 4", metavar="N")
 
     @property
@@ -209,14 +197,17 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def shared(items: list, work: Callable[[list], list]) -> list:
-    """work(items), one result per item, shared out over the processes and gathered in order."""
-    if world() == 1:
-        return work(items)
-    parts, results = [None] * world(), [None] * len(items)
-    dist.all_gather_object(parts, work(items[rank() :: world()]))
-    for i, part in enumerate(parts):
-        results[i :: world()] = part
+def in_batches(items: list, work: Callable[[list], Iterable], share: bool = True) -> list:
+    """work(items), one result per item, 128 at a time; with `share` by all processes, and gathered in order."""
+    share = share and world() > 1
+    mine = items[rank() :: world()] if share else items
+    results = [result for i in range(0, len(mine), 128) for result in work(mine[i : i + 128])]
+    if share:
+        parts = [None] * world()
+        dist.all_gather_object(parts, results)
+        results = [None] * len(items)
+        for i, part in enumerate(parts):
+            results[i :: world()] = part
     return results
 
 
@@ -239,17 +230,14 @@ def explain_head(method: str, label: str) -> str:
 def decode_all(run: Run, sources: list[list[int]], max_new_tokens: int) -> list[str]:
     """Greedy decoding of any number of prompts; equal prompts are decoded once, neighbours in length together."""
 
-    def work(rows: list[tuple]) -> list[str]:
-        texts = []
-        for i in range(0, len(rows), 128):
-            with run.autocast():
-                tokens = run.model.generate(data.pad(rows[i : i + 128], run.device), max_new_tokens)
-            texts += map(run.prompts.tokenizer.decode, tokens.tolist())
-        return texts
+    def work(rows: list[tuple]) -> Iterable[str]:
+        with run.autocast():
+            tokens = run.model.generate(data.pad(rows, run.device), max_new_tokens)
+        return map(run.prompts.tokenizer.decode, tokens.tolist())
 
     unique = sorted(set(map(tuple, sources)), key=lambda ids: (len(ids), ids))
     # in training, every process has sources of its own
-    texts = dict(zip(unique, work(unique) if run.model.training else shared(unique, work), strict=True))
+    texts = dict(zip(unique, in_batches(unique, work, share=not run.model.training), strict=True))
     return [texts[tuple(ids)] for ids in sources]
 
 
@@ -413,22 +401,13 @@ def last_state(out: Path) -> dict | None:
     return None
 
 
-@contextlib.contextmanager
-def alone(out: Path, fresh: bool = False) -> Iterator[None]:
-    """The folder of a run, made if need be and locked against a second run; `fresh` moves the old one aside first.
+def begun(out: Path) -> bool:
+    return (out / "last.pt").exists() or (out / "previous.pt").exists()
 
-    The system drops the lock when the program ends, however it ends.
-    """
-    if rank() > 0:  # the lock is the first process's
-        wait_for_all()
-        yield
-        return
-    if fresh and out.exists():
-        with alone(out):  # nobody is at work there
-            aside = next(path for i in range(1, 10**6) if not (path := out.with_name(f"{out.name}.old{i}")).exists())
-        out.rename(aside)
-        print(f"--fresh: the old run is now in {aside}")
-    out.mkdir(parents=True, exist_ok=True)
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """No second run can be at work in this folder. The system drops the lock however the program ends."""
     with open(out / "lock", "ab") as f:
         try:
             if os.name == "nt":
@@ -441,6 +420,20 @@ def alone(out: Path, fresh: bool = False) -> Iterator[None]:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise InputError(f"{out}: another run is at work in this folder; wait, or give another --out") from None
+        yield
+
+
+@contextlib.contextmanager
+def alone(out: Path, fresh: bool) -> Iterator[None]:
+    """The folder of a run, made if need be and locked by the first process; `fresh` moves the old one aside first."""
+    if rank() == 0:
+        if fresh and out.exists():
+            with locked(out):  # nobody is at work there
+                aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}.old{i}")).exists())
+            out.rename(aside)
+            print(f"--fresh: the old run is now in {aside}")
+        out.mkdir(parents=True, exist_ok=True)
+    with locked(out) if rank() == 0 else contextlib.nullcontext():
         wait_for_all()
         yield
 
@@ -491,9 +484,9 @@ def validate(run: Run, stage: int) -> tuple[float, dict[str, float]]:
     return -scores["val_loss"] if stage == 1 else scores["val_macro_f1"], scores
 
 
-def restore(run: Run, stage: int, optimizer: torch.optim.Optimizer, coin: torch.Generator) -> dict:
+def restore(run: Run, stage: int, state: dict | None, optimizer: torch.optim.Optimizer, coin: torch.Generator) -> dict:
     """What the last save says of this stage, put back where it came from; its beginning if it says nothing."""
-    beginning, state = {"step": 0, "best": -math.inf, "worse": 0, "log_size": 0}, last_state(run.out)
+    beginning = {"step": 0, "best": -math.inf, "worse": 0, "log_size": 0}
     if state is None or state["stage"] != stage:
         return beginning | ({"log_size": state["log_size"]} if state and state["stage"] < stage else {})
     with reading(state["path"]):
@@ -540,8 +533,8 @@ def gradients(
     return {"loss_predict": None, "loss_explain": None, "alpha": alpha, "p_predicted": p, "used_predicted": 0, **sums}
 
 
-def train(run: Run, stage: int) -> None:
-    """One stage: from the weights in `run.model` to the best checkpoint of the stage, on disk and in `run.model`.
+def train(run: Run, stage: int, state: dict | None) -> None:
+    """One stage: from the last save, or from the weights in `run.model`, to the best checkpoint, there and on disk.
 
     Best means the lowest validation loss in stage 1, and in stage 2 the highest validation macro-F1 in the last 35 %,
     which begin where the ramp ends (or later, with a longer ramp), for every method alike: the paper's code may keep a
@@ -559,11 +552,12 @@ def train(run: Run, stage: int) -> None:
     optimizer = torch.optim.AdamW(tensors, weight_decay=0.0, fused=True)
     torch.manual_seed(1000 * o.seed + stage + 10**6 * rank())  # dropout
     coin = torch.Generator().manual_seed(1000 * o.seed + stage)
-    state = restore(run, stage, optimizer, coin)
+    state = restore(run, stage, state, optimizer, coin)
     start, best, worse = state["step"], state["best"], state["worse"]
     model.train()
     pause = 0.5 if sys.stderr.isatty() else 20  # seconds between two pictures of the bar
-    bar = tqdm(range(start, steps), f"stage {stage}", steps, initial=start, mininterval=pause, disable=rank() > 0)
+    screen = sys.stdout if rank() else None  # which `join` has sent to nowhere
+    bar = tqdm(range(start, steps), f"stage {stage}", steps, initial=start, mininterval=pause, file=screen)
 
     def save(step: int) -> None:
         log.flush()
@@ -626,21 +620,17 @@ def train(run: Run, stage: int) -> None:
 def nll_counts(run: Run, examples: list[Example], heads: list[str]) -> np.ndarray:
     """(n, 2): nats and tokens of each gold rationale, given the prompt that begins with each head."""
 
-    def work(rows: list[int]) -> list[tuple[float, int]]:
-        counts = []
-        for at in range(0, len(rows), 128):
-            some = rows[at : at + 128]
-            labels = data.pad([targets[i] for i in some], run.device)
-            with run.autocast():
-                nats = run.model.nll(data.pad([sources[i] for i in some], run.device), labels).sum(1)
-            counts += zip(nats.tolist(), (labels != 0).sum(1).tolist(), strict=True)
-        return counts
+    def work(rows: list[int]) -> Iterable[tuple[float, int]]:
+        labels = data.pad([targets[i] for i in rows], run.device)
+        with run.autocast():
+            nats = run.model.nll(data.pad([sources[i] for i in rows], run.device), labels).sum(1)
+        return zip(nats.tolist(), (labels != 0).sum(1).tolist(), strict=True)
 
     sources = [run.prompts.source(head, e.question) for head, e in zip(heads, examples, strict=True)]
     targets = [run.prompts.target(e.rationale) for e in examples]
     order = sorted(range(len(examples)), key=lambda i: len(sources[i]))
     out = np.zeros((len(examples), 2))
-    out[order] = np.reshape(shared(order, work), (-1, 2))
+    out[order] = np.reshape(in_batches(order, work), (-1, 2))
     return out
 
 
@@ -654,13 +644,14 @@ def flipped_labels(examples: list[Example], labels: list[str], seed: int) -> lis
 @torch.no_grad()
 def token_vectors(model: Transformer, prompts: Prompts, texts: list[str], device: str) -> dict[str, np.ndarray]:
     """{text: (tokens, D)}: the encoder's output for each token of a text but the end token; for BERTScore."""
-    unique = sorted(set(texts), key=lambda text: len(prompts.target(text)))
-    vectors = {}
-    for at in range(0, len(unique), 128):
-        rows = [[*prompts.target(text)[:-1], 1] for text in unique[at : at + 128]]
+
+    def work(some: list[str]) -> Iterable[np.ndarray]:
+        rows = [[*prompts.target(text)[:-1], 1] for text in some]
         encoded = model.encode(data.pad(rows, device)).float().cpu().numpy()
-        vectors |= {text: x[: len(row) - 1] for text, row, x in zip(unique[at : at + 128], rows, encoded, strict=True)}
-    return vectors
+        return (x[: len(row) - 1] for row, x in zip(rows, encoded, strict=True))
+
+    unique = sorted(set(texts), key=lambda text: len(prompts.target(text)))
+    return dict(zip(unique, in_batches(unique, work, share=False), strict=True))
 
 
 def bertscore_vectors(run: Run, texts: list[str]) -> tuple[str | None, dict[str, np.ndarray]]:
@@ -669,10 +660,10 @@ def bertscore_vectors(run: Run, texts: list[str]) -> tuple[str | None, dict[str,
     if o.bertscore:
         model, tokenizer = load_pretrained(o.bertscore)
         return o.bertscore, token_vectors(model.to(run.device).eval(), Prompts(tokenizer, 512, 512), texts, run.device)
+    if not run.model:
+        return None, {}
     if not (o.has_stage1 and path.exists()):
-        return (
-            ("the model itself", token_vectors(run.model, run.prompts, texts, run.device)) if run.model else (None, {})
-        )
+        return "the model itself", token_vectors(run.model, run.prompts, texts, run.device)
     encoder = Transformer(run.model.config).to(run.device).eval()
     load_weights(run, encoder, 1)
     return "stage1.pt of this run", token_vectors(encoder, run.prompts, texts, run.device)
@@ -721,6 +712,7 @@ def evaluate(run: Run) -> dict:
     if texts and any(e.rationale for e in test):
         result |= rationale_report(run, conditions, texts)
     write_json(run.out / "metrics.json", result)
+    wait_for_all()  # nobody reads before it is written
     return result
 
 
@@ -873,6 +865,7 @@ def check(o: Options) -> None:
         need(value is None or low <= value <= high, f"--{flag} {value}: must be between {low} and {high}")  # nor nan
     zeroshot, several = o.method == "zeroshot", o.data == "triage" or o.rationales == o.stage1_rationales == "llm"
     alone, judged = not (o.stage == 1 or o.ask or o.init), o.method != "sft" and o.stage == 2 and not o.ask
+    asks = o.judge or zeroshot
     has_t5 = not o.bertscore or (Path(o.bertscore) / "spiece.model").is_file()
     rules = {
         f"--warmup {o.warmup} and --ramp {o.ramp}: together they must not pass 1": o.warmup + o.ramp <= 1,
@@ -883,8 +876,7 @@ def check(o: Options) -> None:
         "--method zeroshot: needs --llm URL and --llm-model NAME": not zeroshot or (o.llm and o.llm_model),
         "--method zeroshot: trains nothing; leave out --stage 1, --ask and --init": not zeroshot or alone,
         "--llm and --llm-model: are for --method zeroshot": zeroshot or not (o.llm or o.llm_model),
-        "--judge and --method zeroshot: ask in one process; leave torchrun out": world() == 1
-        or not (o.judge or zeroshot),
+        "--judge and --method zeroshot: ask in one process; leave torchrun out": world() == 1 or not asks,
         "--seeds: is for --compare METHOD ...; one run takes --seed N": o.compare or not o.seeds,
         "--judge URL and --judge-model NAME: give both": bool(o.judge) == bool(o.judge_model),
         "--judge: there are no rationales to judge; leave it out": not o.judge or judged,
@@ -920,9 +912,8 @@ def settle_options(given: dict) -> Options:
     if (out / "config.json").exists() and not given.get("fresh"):
         saved = {name: value for name, value in read_config(out).items() if name in IDENTITY}
     for name in sorted(saved.keys() & given.keys() - {"llm"}):  # an endpoint may move
-        if saved[name] != given[name]:
-            was = f"--{name.replace('_', '-')} {given[name]}: the run in {out} has {saved[name]}"
-            raise InputError(f"{was}; give another --out, or --fresh to start over")
+        was = f"--{name.replace('_', '-')} {given[name]}: the run in {out} has {saved[name]}"
+        need(saved[name] == given[name], f"{was}; give another --out, or --fresh to start over")
     shape = [f"--{name.replace('_', '-')}" for name in ("width", "layers", "heads", "vocab_size") if name in given]
     options = Options(**{**saved, **given})
     need(not (options.init and shape), f"{' '.join(shape)}: the checkpoint of --init has its own shape; leave it out")
@@ -957,9 +948,7 @@ def prepare(o: Options, labels: list[str] | None = None) -> Run:
         need(some, f"{o.data}: no train example has a rationale; fill the column, or use --method sft")
         least = min(o.batch_size, len(dataset.train))
         enough = o.method == "zeroshot" or least >= o.accumulate * world()
-        need(
-            enough, f"--accumulate {o.accumulate}: {world()} processes cannot share a batch of {least} in so many parts"
-        )
+        need(enough, f"--accumulate {o.accumulate}: {world()} processes cannot share a batch of {least} in these parts")
     epoch = max(len(dataset.train) // o.batch_size, 1)
     stage1 = o.stage1_steps or min(200, 20 * epoch)
     stage2 = o.stage2_steps or min(1200, 20 * epoch) + stage1 * (not o.has_stage1)  # equal budgets: stage 1's go there
@@ -968,14 +957,14 @@ def prepare(o: Options, labels: list[str] | None = None) -> Run:
     if o.method == "zeroshot":
         return Run(o, dataset, None, None, device)
     torch.manual_seed(o.seed)
-    begun = (out / "tokenizer.model").exists() and not o.fresh
-    if begun and (out / "config.json").exists() and not labels:
+    known = (out / "tokenizer.model").exists() and not o.fresh
+    if known and (out / "config.json").exists() and not labels:
         same = read_config(out).get("data_sha256") == dataset.sha256()
         need(same, f"{o.data}: changed since the run in {out} began; give another --out, or --fresh to start over")
-    if o.init and not (begun and ((out / "last.pt").exists() or (out / "previous.pt").exists())):
+    if o.init and not (known and begun(out)):
         model, tokenizer = load_pretrained(o.init, o.dropout)
     else:
-        if begun:
+        if known:
             tokenizer = Tokenizer.load(out / "tokenizer.model")
         else:
             texts = [text for e in dataset.train + dataset.stage1_train for text in (e.question, e.label, e.rationale)]
@@ -1042,15 +1031,13 @@ def job(o: Options) -> None:
     """What one command does: ask, evaluate, or train and evaluate. Goes on where an earlier call was stopped."""
     out = Path(o.out)
     trained = (out / "stage2.pt").exists() or o.method == "zeroshot"
-    begun = (out / "last.pt").exists() or (out / "previous.pt").exists()
-    if not (o.eval or o.ask or o.fresh) and o.stage == 2 and trained and (out / "metrics.json").exists():
-        state = last_state(out)  # an --eval may have come before the end of the training
-        if state is None or (state["stage"] == 2 and state["step"] >= (o.stage2_steps or 0)):
-            return print(
-                f"{out} holds a finished run, see its metrics.json; --eval scores it again, --fresh starts over"
-            )
-    if (o.eval or o.ask) and not trained and (o.ask or begun or not o.init):
-        raise InputError(f"{out / 'stage2.pt'}: no such checkpoint; train first, or give a finished run to --out")
+    state = None if o.eval or o.ask or o.fresh else last_state(out)
+    # an --eval may have come before the end of the training, so metrics.json alone does not tell
+    done = state is None or (state["stage"] == 2 and state["step"] >= (o.stage2_steps or 0))
+    if not (o.eval or o.ask or o.fresh) and o.stage == 2 and trained and (out / "metrics.json").exists() and done:
+        return print(f"{out} holds a finished run, see its metrics.json; --eval scores it again, --fresh starts over")
+    usable = trained or not (o.eval or o.ask) or (o.init and not o.ask and not begun(out))
+    need(usable, f"{out / 'stage2.pt'}: no such checkpoint; train first, or give a finished run to --out")
     if o.ask:
         return ask(o)
     run = prepare(o)
@@ -1063,14 +1050,14 @@ def job(o: Options) -> None:
             describe(run)
             (out / "metrics.json").unlink(missing_ok=True)  # of an evaluation before: what has one counts as finished
             if o.stage == 1 or o.has_stage1:
-                state = last_state(out)
                 if (out / "stage1.pt").exists() and (state is None or state["stage"] == 2):  # done, or from another run
                     load_weights(run, run.model, 1)
                 else:
-                    train(run, 1)
+                    train(run, 1, state)
+                    state = last_state(out)
             if o.stage == 1:
                 return
-            train(run, 2)
+            train(run, 2, state)
         print_result(run, evaluate(run))
 
 
@@ -1189,9 +1176,8 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as e:
         if world() == 1:
             raise
-        print(
-            f"r2d.py: process {rank()} lost the others ({type(e).__name__}); the same command goes on", file=sys.stderr
-        )
+        lost = f"process {rank()} lost the others ({type(e).__name__})"
+        print(f"r2d.py: {lost}; the same command goes on", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped; the same command again goes on where it was last saved", file=sys.stderr)

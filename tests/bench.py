@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ def ours(size: str, steps: int, out: str) -> r2d.Run:
     run = r2d.prepare(r2d.Options(out=out, stage1_steps=max(steps, 1), **SIZES[size]))
     Path(out).mkdir(parents=True, exist_ok=True)
     if steps:
-        r2d.train(run, 1)
+        r2d.train(run, 1, r2d.last_state(run.out))
     return run
 
 
@@ -86,7 +87,7 @@ class Peer:
 
 
 def our_step(run: r2d.Run, batch: list[data.Example], stage: int, p: float, optimizer: torch.optim.Optimizer) -> None:
-    run.options = r2d.dataclasses.replace(run.options, warmup=0.0, ramp=0.0, cap=p, stage2_steps=1000)
+    run.options = replace(run.options, warmup=0.0, ramp=0.0, cap=p, stage2_steps=1000)
     optimizer.zero_grad()
     r2d.gradients(run, stage, 500, batch, torch.Generator().manual_seed(0), [])
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
@@ -164,14 +165,14 @@ def main() -> None:
     questions, gold = [e.question for e in test], [e.label for e in test]
     prompts = [r2d.EXPLAIN_GIVEN.format(label=e.label) + " " + e.question for e in test]
     tokens = sum(len(run.prompts.ids(text)) + 1 for text in r2d.explain(run, questions, gold))
-    chunks = [prompts[i : i + 64] for i in range(0, len(prompts), 64)]
+    chunks = [prompts[i : i + 64] for i in range(0, len(prompts), 32)]
     seconds = in_turn(
         3,
         lambda i: r2d.explain(run, questions, gold),
         lambda i: [peer.generate(chunk, run.options.max_target) for chunk in chunks],
     )
     row("rationale generation", tokens / seconds[0], tokens / seconds[1], "tokens/s", seconds[1] / seconds[0])
-    run.data = r2d.dataclasses.replace(run.data, test=test, ceiling=None)
+    run.data = replace(run.data, test=test, ceiling=None)
 
     def peer_evaluates(i: int) -> None:
         """Labels, and rationales under three conditions; the scoring is left to us."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import changed
 
 import data
 import r2d
@@ -265,14 +266,6 @@ CASES["csv, comma and space"] = "d.csv", (HEADER + ROWS).replace(",", ", "), ["l
 
 
 # PubMedQA and BioASQ
-def changed(content: dict, *path: object, value: object) -> dict:
-    place = content
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    return content
-
-
 WRONG = {"null": None, "int": 3, "true": True, "object": {"a": "b"}, "list": [1], "NaN": math.nan}
 for key in ("QUESTION", "CONTEXTS", "final_decision", "LONG_ANSWER"):
     CASES[f"pubmedqa, no {key}"] = "d.json", pubmedqa() | {"103": without(pubmedqa()["103"], key)}, ["id 103", key]

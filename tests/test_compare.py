@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_r2d import lines, same_state
+from helpers import lines, read
+from test_r2d import same_state
 
 import data
 import metrics
@@ -50,10 +51,6 @@ def write_t5(folder: Path, extra: int = 28, **shape: object) -> Path:
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_t5(tmp_path_factory.mktemp("t5") / "checkpoint")
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # --- --init

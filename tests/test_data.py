@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import changed
 
 import data
 from data import DISPOSITIONS, PHRASES, RED_FLAGS, TRIAGE, argues_for, read_facts, triage_tier, ungrounded
@@ -489,14 +490,6 @@ def test_bioasq_without_snippets_or_with_a_plain_answer(tmp_path):
 
 def replaced(i: int, row: object) -> str:
     return jsonl([*RECORDS[: i - 1], row, *RECORDS[i:]])
-
-
-def changed(content: dict, *path: object, value: object) -> dict:
-    place = content
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    return content
 
 
 BAD = {

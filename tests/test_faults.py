@@ -663,10 +663,10 @@ def test_after_a_loss_that_is_not_finite_the_run_goes_on_from_the_last_save(
 def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(option: list, stopped: Path, capsys) -> None:
     """Catches two runs that write the same files, and --fresh that moves the folder of a run at work."""
     before = files(stopped)
-    with r2d.alone(stopped):
+    with r2d.alone(stopped, fresh=False):
         assert refused(run(stopped, *option), capsys.readouterr().err, str(stopped), "another run")
         assert files(stopped) == before and sorted(path.name for path in stopped.parent.iterdir()) == ["run"]
-    with r2d.alone(stopped):  # free again
+    with r2d.alone(stopped, fresh=False):  # free again
         pass
 
 

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from helpers import contents, lines, read
 
 import metrics
 import r2d
@@ -156,18 +157,6 @@ def run(out: Path, *arguments: str) -> int:
 
 def zeroshot(out: Path, url: str, *arguments: str) -> int:
     return run(out, "--method", "zeroshot", "--llm", url, "--llm-model", "m", *arguments)
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def lines(path: Path) -> list:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
 
 
 # --- the request

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import lines, read, stage2_lines
 
 import data
 import metrics
@@ -31,10 +32,6 @@ def run(out: Path, *arguments: str) -> int:
 def tiny_run(tmp_path: Path, **options: object) -> r2d.Run:
     given = {**r2d.parse_options(TINY), "out": str(tmp_path / "run"), **options}
     return r2d.prepare(r2d.Options(**given))
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def same_state(one: Path, other: Path) -> bool:
@@ -207,7 +204,8 @@ def test_bfloat16_and_compile_give_the_same_loss_within_their_tolerance(
     for stage in (1, 2):
         log = r2d.gradients(fast, stage, 3, plain.data.train[:8], torch.Generator(), [])
         expected = r2d.gradients(plain, stage, 3, plain.data.train[:8], torch.Generator(), [])
-        assert log["loss"] == pytest.approx(expected["loss"], rel=tolerance) and log["loss"] != expected["loss"] * 2
+        assert log["loss"] == pytest.approx(expected["loss"], rel=tolerance)
+        assert option == "compile" or log["loss"] != expected["loss"]
     assert (fast.autocast()._enabled, fast.nll == fast.model.nll) == (option == "dtype", option == "dtype")
 
 
@@ -247,7 +245,7 @@ def test_overfits_one_batch(tmp_path: Path) -> None:
 def test_a_run_leaves_every_file_of_the_contract(finished: Path) -> None:
     """Catches a file or a key that was renamed or forgotten."""
     assert {path.name for path in finished.iterdir()} == FILES
-    result = json.loads((finished / "metrics.json").read_text(encoding="utf-8"))
+    result = read(finished / "metrics.json")
     assert {"accuracy", "macro_f1", "per_class", "invalid", "ceiling_accuracy", "ceiling_macro_f1"} <= set(
         result["label"]
     )
@@ -288,7 +286,7 @@ def test_the_log_tells_what_happened(finished: Path) -> None:
 def test_baselines_run_to_the_end(method: str, tmp_path: Path) -> None:
     """Catches a baseline that needs a stage 1, or that claims conditions it does not have."""
     assert run(tmp_path / "run", "--method", method) == 0
-    result = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    result = read(tmp_path / "run" / "metrics.json")
     assert ("rationale" in result) == (method == "dss") and "exposure" not in result
     if method == "dss":
         assert set(result["rationale"]) <= {"predicted", "predicted_wrong"}
@@ -358,7 +356,7 @@ def test_a_finished_run_is_left_alone_and_fresh_moves_it_aside(finished: Path, t
     assert (tmp_path / "run" / "metrics.json").stat().st_mtime_ns == before
     assert run(tmp_path / "run", "--fresh", "--seed", "5") == 0
     assert (tmp_path / "run.old1" / "metrics.json").stat().st_mtime_ns == before
-    assert json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["seed"] == 5
+    assert read(tmp_path / "run" / "config.json")["seed"] == 5
 
 
 def test_eval_and_ask_use_the_checkpoint(finished: Path, capsys) -> None:
@@ -390,7 +388,7 @@ def test_early_stopping_arms_after_the_ramp_and_keeps_the_best(tmp_path: Path, m
     one.out.mkdir()
     r2d.start(one)
     for stage in (1, 2):
-        r2d.train(one, stage)
+        r2d.train(one, stage, r2d.last_state(one.out))
         best = torch.load(one.out / f"stage{stage}.pt", weights_only=True)["weights"]
         assert all(torch.equal(best[key], value) for key, value in one.model.state_dict().items())
     log = lines(tmp_path / "run" / "log.jsonl")
@@ -511,7 +509,7 @@ def test_long_questions_are_cut_counted_and_reported_and_the_label_is_kept(tmp_p
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert run(tmp_path / "run", "--data", str(tmp_path / "d.jsonl"), "--max-source", "64") == 0
     assert "16 of 16 train questions are cut" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["argues_by"] == "reader"
+    assert read(tmp_path / "run" / "metrics.json")["argues_by"] == "reader"
     (tmp_path / "d.jsonl").unlink()
     assert run(tmp_path / "run", "--max-source", "64", "--ask", "a question") == 0  # asking needs no data
 
@@ -531,16 +529,12 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "r2d.py"), *TINY, "--out", str(out), "--stage2-steps", "100000"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8")
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not ((out / "log.jsonl").exists() and len(lines_so_far(out)) > 8):
+    while time.monotonic() < deadline and not ((out / "log.jsonl").exists() and len(stage2_lines(out)) > 8):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 130 and "same command" in message and "Traceback" not in message
     assert torch.load(out / "last.pt", weights_only=True)["stage"] == 2
-
-
-def lines_so_far(out: Path) -> list[bytes]:
-    return [line for line in (out / "log.jsonl").read_bytes().split(b"\n") if b'"stage": 2' in line]
 
 
 def test_the_label_must_survive_the_tokenizer(tmp_path: Path, capsys, monkeypatch) -> None:

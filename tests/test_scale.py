@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from test_r2d import FILES, ROOT, lines
+from helpers import lines, read, stage2_lines
+from test_r2d import FILES, ROOT
 
 OPTIONS = "--limit 64 --stage1-steps 8 --stage2-steps 12 --warmup 0 --ramp 0.2 --eval-every 4 --batch-size 8 --lr 0.05"
 OPTIONS = [*OPTIONS.split(), *"--width 32 --heads 2 --layers 1 --vocab-size 400 --max-target 24 --device cpu".split()]
@@ -60,9 +62,23 @@ def test_two_processes_are_one_run(one: Path, notes: Path, tmp_path: Path) -> No
     assert any(0 < line["used_predicted"] < 8 for line in logs[0])
     assert (out / "predictions.jsonl").read_bytes() == (one / "predictions.jsonl").read_bytes()
     assert {path.name for path in out.iterdir()} == FILES
-    scores = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in (one, out)]
+    scores = [read(folder / "metrics.json") for folder in (one, out)]
     assert scores[1]["rationale"].keys() == scores[0]["rationale"].keys()
     assert scores[1]["label"] == scores[0]["label"] and said.count("evaluation of") == 1
+
+
+@pytest.mark.parametrize("method", ["r2d", "sft"])
+def test_two_processes_can_start_over(method: str, one: Path, notes: Path, tmp_path: Path) -> None:
+    """Catches processes that wait for each other forever, and one that reads what the first has not written yet."""
+    out = Path(shutil.copytree(one, tmp_path / "run"))
+    process = start(out, notes, 2, "--fresh", "--method", method, "--seed", "1")
+    try:
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.terminate()
+    assert process.returncode == 0, said
+    assert (tmp_path / "run.old1" / "metrics.json").read_bytes() == (one / "metrics.json").read_bytes()
+    assert read(out / "metrics.json")["seed"] == 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
@@ -71,7 +87,7 @@ def test_a_lost_process_ends_the_run_and_one_process_goes_on(notes: Path, tmp_pa
     out = tmp_path / "run"
     process = start(out, notes, 2, "--stage2-steps", "5000")
     deadline = time.time() + 100
-    while not (out / "stage1.pt").exists() or len(lines_so_far(out)) < 12:
+    while not (out / "stage1.pt").exists() or len(stage2_lines(out)) < 4:
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.05)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
@@ -84,7 +100,3 @@ def test_a_lost_process_ends_the_run_and_one_process_goes_on(notes: Path, tmp_pa
         assert again.poll() is None
     again.send_signal(signal.SIGTERM)
     assert "the same command again" in again.communicate(timeout=60)[0] and again.returncode == 130
-
-
-def lines_so_far(out: Path) -> list[bytes]:
-    return (out / "log.jsonl").read_bytes().splitlines() if (out / "log.jsonl").exists() else []
