@@ -273,19 +273,22 @@ class Transformer(nn.Module):
         bias = self.causal_bias(max_new_tokens)
         out = input_ids.new_full((size, max_new_tokens), c.pad_id)
         rows = torch.arange(size, device=input_ids.device)  # which rows of `out` are still being written
-        last = input_ids.new_full((size, 1), c.pad_id)
+        last = input_ids.new_full((size,), c.pad_id)
+        done = torch.zeros_like(last, dtype=torch.bool)
         for t in range(max_new_tokens):
-            x = self.embedding(last)  # (B, 1, D)
+            x = self.embedding(last)[:, None]  # (B, 1, D)
             for layer, memory_kv_l, cache_l in zip(self.decoder, memory_kv, cache, strict=True):
                 x = layer(x, bias[:, :, t : t + 1, : t + 1], memory_kv_l, memory_bias, cache_l, t)
-            last = self.logits(x).argmax(-1)  # (B, 1)
-            out[rows, t] = last[:, 0]
-            alive = last[:, 0] != c.eos_id
-            if not alive.all():
-                if not alive.any():
-                    return out[:, : t + 1]
-                rows, last, memory_bias = rows[alive], last[alive], memory_bias[alive]
-                memory_kv, cache = memory_kv[:, :, alive], cache[:, :, alive]
+            last = self.logits(x)[:, 0].argmax(-1).masked_fill(done, c.pad_id)  # (B,)
+            out[rows, t] = last
+            done |= last == c.eos_id
+            left = len(done) - int(done.sum())
+            if left == 0:
+                return out[:, : t + 1]
+            if left <= 0.75 * len(done):  # not at once: leaving costs a copy of all caches
+                stay = (~done).nonzero()[:, 0]
+                rows, last, done, memory_bias = rows[stay], last[stay], done[stay], memory_bias[stay]
+                memory_kv, cache = memory_kv.index_select(2, stay), cache.index_select(2, stay)
         return out
 
 

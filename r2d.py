@@ -146,7 +146,7 @@ def alpha_at(step: int, steps: int, warmup: float, alpha: float) -> float:
 def lr_at(step: int, steps: int, lr: float, warmup: float = 0.1) -> float:
     """Learning rate: up linearly over the first tenth, down linearly to 0.
 
-    The paper has no warm-up; from small random models AdamW at full rate wipes out stage 1 when stage 2 begins.
+    The paper has no warm-up; from small random models Adam at full rate wipes out stage 1 when stage 2 begins.
     """
     return lr * min(1, (step + 1) / max(warmup * steps, 1), (steps - step) / max((1 - warmup) * steps, 1))
 
@@ -198,10 +198,10 @@ def wait_for_all() -> None:
 
 
 def in_batches(items: list, work: Callable[[list], Iterable], share: bool = True) -> list:
-    """work(items), one result per item, 128 at a time; with `share` by all processes, and gathered in order."""
+    """work(items), one result per item, 64 at a time; with `share` by all processes, and gathered in order."""
     share = share and world() > 1
     mine = items[rank() :: world()] if share else items
-    results = [result for i in range(0, len(mine), 128) for result in work(mine[i : i + 128])]
+    results = [result for i in range(0, len(mine), 64) for result in work(mine[i : i + 64])]
     if share:
         parts = [None] * world()
         dist.all_gather_object(parts, results)
@@ -256,7 +256,7 @@ def explain(run: Run, questions: list[str], labels: list[str]) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The losses of the two stages.
+# The losses of the two stages, term by term: `gradients` frees the memory of one before the next is computed.
 
 
 def token_mean(run: Run, sources: list[list[int]], targets: list[list[int]], total: int) -> Tensor:
@@ -269,11 +269,12 @@ def token_mean(run: Run, sources: list[list[int]], targets: list[list[int]], tot
         return run.nll(data.pad(sources, run.device), data.pad(targets, run.device)).sum() / max(total, 1)
 
 
-def stage1_loss(run: Run, examples: list[Example], totals: list[int]) -> tuple[Tensor, dict[str, float]]:
-    """explain: {question} -> rationale."""
+def stage1_loss(run: Run, examples: list[Example], totals: list[int], log: dict) -> Iterator[Tensor]:
+    """explain: {question} -> rationale. `totals`: label, rationale tokens of the whole batch; `log` is filled."""
     sources = [run.prompts.source(EXPLAIN, e.question) for e in examples]
     loss = token_mean(run, sources, [run.prompts.target(e.rationale) for e in examples], totals[1])
-    return loss, {"loss_explain": loss.item()}
+    log["loss_explain"] = loss.item()
+    yield loss
 
 
 def labels_in_prompts(run: Run, examples: list[Example], coins: list[bool]) -> tuple[list[str], int, int]:
@@ -294,26 +295,26 @@ def labels_in_prompts(run: Run, examples: list[Example], coins: list[bool]) -> t
 
 
 def stage2_loss(
-    run: Run, examples: list[Example], totals: list[int], coins: list[bool], alpha: float
-) -> tuple[Tensor, dict[str, float]]:
-    """alpha * L_predict + (1 - alpha) * L_explain, and the numbers for the log.
+    run: Run, examples: list[Example], totals: list[int], log: dict, coins: list[bool], alpha: float
+) -> Iterator[Tensor]:
+    """The terms of alpha * L_predict + (1 - alpha) * L_explain; `totals` and `log` as in stage 1.
 
     The target is the gold rationale, whichever label is in the prompt.
     """
     o, labels = run.options, [e.label for e in examples]
     sources = [run.prompts.source(PREDICT, e.question) for e in examples]
-    loss_predict = token_mean(run, sources, [run.prompts.target(label) for label in labels], totals[0])
-    log = {"loss_predict": loss_predict.item()}
+    loss = token_mean(run, sources, [run.prompts.target(label) for label in labels], totals[0])
+    log["loss_predict"] = loss.item()
+    yield alpha * loss
     if o.method == "sft":
-        return loss_predict, log
+        return
     if o.method == "r2d":
         labels, log["used_predicted"], log["invalid_predicted"] = labels_in_prompts(run, examples, coins)
     heads = [explain_head(o.method, label) for label in labels]
     sources = [run.prompts.source(head, e.question) for head, e in zip(heads, examples, strict=True)]
-    targets = [run.prompts.target(e.rationale) for e in examples]
-    loss_explain = token_mean(run, sources, targets, totals[1])
-    log["loss_explain"] = loss_explain.item()
-    return alpha * loss_predict + (1 - alpha) * loss_explain, log
+    loss = token_mean(run, sources, [run.prompts.target(e.rationale) for e in examples], totals[1])
+    log["loss_explain"] = loss.item()
+    yield (1 - alpha) * loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,6 +443,38 @@ def alone(out: Path, fresh: bool) -> Iterator[None]:
 # The one training loop.
 
 
+class Adam:
+    """Adam (Kingma & Ba 2015, algorithm 1), the rate of each tensor times the size (RMS) of its first weights.
+
+    T5's own optimiser has the latter from Adafactor (arXiv 1804.04235). T5's initial weights differ a hundredfold: at
+    one rate for all, q explodes and embeddings stand still. torch.optim would load the compiler: 60 MB and a second.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.parameters, self.steps = list(model.parameters()), 0
+        self.sizes = [max(p.detach().square().mean().sqrt().item(), 1e-3) for p in self.parameters]
+        self.means, self.squares = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
+
+    @torch.no_grad()
+    def step(self, lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
+        self.steps += 1
+        bias1, bias2 = 1 - beta1**self.steps, 1 - beta2**self.steps
+        for p, size, mean, square in zip(self.parameters, self.sizes, self.means, self.squares, strict=True):
+            mean.lerp_(p.grad, 1 - beta1)
+            square.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+            p.addcdiv_(mean, (square / bias2).sqrt_().add_(eps), value=-lr * size / bias1)
+
+    def state(self) -> dict:
+        return {key: value for key, value in vars(self).items() if key != "parameters"}
+
+    def restore(self, state: dict) -> None:
+        """Raises ValueError or RuntimeError for the state of another model."""
+        self.steps, sizes = int(state["steps"]), zip(self.sizes, state["sizes"], strict=True)
+        self.sizes = [float(size) for _, size in sizes]
+        for mine, saved in zip(self.means + self.squares, state["means"] + state["squares"], strict=True):
+            mine.copy_(saved.view_as(mine))
+
+
 @contextlib.contextmanager
 def finish_the_step() -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM add to the list that this yields instead of ending the program; a second one does end it."""
@@ -484,17 +517,14 @@ def validate(run: Run, stage: int) -> tuple[float, dict[str, float]]:
     return -scores["val_loss"] if stage == 1 else scores["val_macro_f1"], scores
 
 
-def restore(run: Run, stage: int, state: dict | None, optimizer: torch.optim.Optimizer, coin: torch.Generator) -> dict:
+def restore(run: Run, stage: int, state: dict | None, optimizer: Adam, coin: torch.Generator) -> dict:
     """What the last save says of this stage, put back where it came from; its beginning if it says nothing."""
     beginning = {"step": 0, "best": -math.inf, "worse": 0, "log_size": 0}
     if state is None or state["stage"] != stage:
         return beginning | ({"log_size": state["log_size"]} if state and state["stage"] < stage else {})
     with reading(state["path"]):
         run.model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        for p, moments in optimizer.state.items():  # load_state_dict does not look, and the fused step reads beyond
-            fits = all(m.shape in ((), p.shape) for m in moments.values())
-            need(fits, f"{state['path']}: the optimiser does not fit; delete it, or start over with --fresh")
+        optimizer.restore(state["optimizer"])
         torch.set_rng_state(state["rng"])
         coin.set_state(state["coin"])
         print(f"stage {stage}: goes on at step {state['step']}", flush=True)
@@ -519,12 +549,15 @@ def gradients(
     for start in range(o.accumulate):
         rows = range(len(batch))[rank() :: world()][start :: o.accumulate]
         examples = [batch[i] for i in rows]
+        log: dict[str, float] = {}
         if stage == 1:
-            loss, parts = stage1_loss(run, examples, totals)
+            terms = stage1_loss(run, examples, totals, log)
         else:
-            loss, parts = stage2_loss(run, examples, totals, [coins[i] for i in rows], alpha)
-        (world() * loss).backward()  # DistributedDataParallel takes the mean over processes, and we want the sum
-        sums.update(loss=loss.item(), **parts)
+            terms = stage2_loss(run, examples, totals, log, [coins[i] for i in rows], alpha)
+        for term in terms:
+            (world() * term).backward()  # DistributedDataParallel takes the mean over processes, and we want the sum
+            sums["loss"] += term.item()
+        sums.update(log)
     sums.update(tokens=run.tokens, asked=len(asked))  # Ctrl-C must stop all processes at the same step
     if world() > 1:
         values = torch.tensor([float(sums[key]) for key in sorted(sums)], device=run.device)
@@ -546,10 +579,7 @@ def train(run: Run, stage: int, state: dict | None) -> None:
         steps, patience, armed = o.stage2_steps, 5, max(0.65, o.warmup + o.ramp) * o.stage2_steps
     examples = run.data.stage1_train if stage == 1 else run.data.train
     lengths = [len(run.prompts.source(EXPLAIN, e.question)) for e in examples]
-    # The rate of each tensor is --lr times the size (RMS) of its weights, as in T5's own optimiser (Adafactor,
-    # arXiv 1804.04235). T5's initial weights differ a hundredfold: at one rate, q explodes and embeddings stand still.
-    tensors = [{"params": [p], "size": max(p.detach().square().mean().sqrt().item(), 1e-3)} for p in model.parameters()]
-    optimizer = torch.optim.AdamW(tensors, weight_decay=0.0, fused=True)
+    optimizer = Adam(model)
     torch.manual_seed(1000 * o.seed + stage + 10**6 * rank())  # dropout
     coin = torch.Generator().manual_seed(1000 * o.seed + stage)
     state = restore(run, stage, state, optimizer, coin)
@@ -562,7 +592,7 @@ def train(run: Run, stage: int, state: dict | None) -> None:
     def save(step: int) -> None:
         log.flush()
         state = {"stage": stage, "step": step, "best": best, "worse": worse, "log_size": log.tell()}
-        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"model": model.state_dict(), "optimizer": optimizer.state()}
         state |= {"rng": torch.get_rng_state(), "coin": coin.get_state()}
         save_checkpoint(run.out / "last.pt", state, previous=run.out / "previous.pt")
 
@@ -578,15 +608,13 @@ def train(run: Run, stage: int, state: dict | None) -> None:
                 batches = data.batch_order(lengths, o.batch_size, o.seed, epoch)
             began = time.perf_counter()
             batch = [examples[i] for i in batches[place]]
-            optimizer.zero_grad()
+            model.zero_grad()
             parts = gradients(run, stage, step, batch, coin, asked)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
             if not math.isfinite(grad_norm):
                 raise InputError(f"stage {stage}, step {step}: the loss is {parts['loss']}; try a lower --lr")
             lr = lr_at(step, steps, o.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["size"]
-            optimizer.step()
+            optimizer.step(lr)
             stop, speed = parts.pop("asked"), parts.pop("tokens") / (time.perf_counter() - began)
             line = {"stage": stage, "step": step, **parts, "lr": lr, "grad_norm": grad_norm}
             line["tokens_per_second"] = round(speed)
@@ -683,7 +711,9 @@ def answers(run: Run, flipped: list[str]) -> tuple[list[str], dict[str, list[str
     conditions = {"gold": gold, "predicted": predicted, "flipped": flipped}
     if o.method != "r2d":  # DSS explains without seeing a label: one condition. SFT does not explain.
         conditions = {"predicted": predicted} if o.method == "dss" else {}
-    return predicted, conditions, {name: explain(run, questions, given) for name, given in conditions.items()}
+    # all at once: a prompt is decoded once, and gold and predicted labels are mostly equal
+    texts = explain(run, questions * len(conditions), [label for given in conditions.values() for label in given])
+    return predicted, conditions, {name: texts[i * len(test) :][: len(test)] for i, name in enumerate(conditions)}
 
 
 def evaluate(run: Run) -> dict:
@@ -727,7 +757,11 @@ def rationale_report(run: Run, conditions: dict[str, list[str]], texts: dict[str
 
     scored = [i for i, text in enumerate(references) if text]
     wrong = [i for i in scored if conditions["predicted"][i] != gold[i]]
-    report = {}
+    report, nll = {}, {}  # nll of every pair of a note and a label, most of them in several conditions
+    if run.model:
+        pairs = sorted({(i, column[i]) for column in conditions.values() for i in scored})
+        heads = [explain_head(o.method, label) for _, label in pairs]
+        nll = dict(zip(pairs, nll_counts(run, [test[i] for i, _ in pairs], heads), strict=True))
     for name, rows in (("gold", scored), ("predicted", scored), ("flipped", scored), ("predicted_wrong", wrong)):
         condition = name.removesuffix("_wrong")
         if condition not in conditions or not rows:
@@ -739,8 +773,7 @@ def rationale_report(run: Run, conditions: dict[str, list[str]], texts: dict[str
             f1 = [metrics.bertscore(vectors[written[i]], vectors[references[i]])[2] for i in rows]
             scores |= mean("bertscore_f1", f1)
         if run.model:
-            counts = nll_counts(run, [test[i] for i in rows], [explain_head(o.method, given[i]) for i in rows])
-            scores |= metrics.ratio_and_interval("nll", *counts.T)
+            scores |= metrics.ratio_and_interval("nll", *np.array([nll[i, given[i]] for i in rows]).T)
         if o.data == "triage":
             scores |= mean("grounded", [100 * (not data.ungrounded(written[i], test[i].question)) for i in rows])
         if o.judge:

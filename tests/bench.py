@@ -1,11 +1,14 @@
 """Ours against a transformers T5 trained the way the paper's stage 2 works: python tests/bench.py [--size t5-small]
 
-Both have the same weights and get the same batches, in turn, in one process; each row is the median and the ratio of
-the medians (above 1: ours is better). The peer tokenizes in the loop, pads batches in the order of the data, generates
-labels for the whole batch, and then draws the coins. Needs tests/requirements.txt. Prints a table, then JSON.
+Both have the same weights and train on notes of the same data, in turn, in one process; each row is the median, and the
+ratio of the medians (above 1: ours is better). The peer tokenizes in the loop, pads batches in the order of the data,
+generates labels for the whole batch and then draws the coins, with T5's dropout of 0.1 (ours has none by default); its
+steps are timed without dropout as well. Needs tests/requirements.txt. Prints a table, then JSON.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import random
 import statistics
@@ -40,14 +43,14 @@ def ours(size: str, steps: int, out: str) -> r2d.Run:
 class Peer:
     """T5ForConditionalGeneration with our weights, and the authors' kind of step."""
 
-    def __init__(self, run: r2d.Run):
+    def __init__(self, run: r2d.Run, dropout: float):
         from transformers import T5Config, T5ForConditionalGeneration, logging
 
         logging.set_verbosity_error()
         c, self.tokenizer = run.model.config, run.prompts.tokenizer
         config = T5Config(
             vocab_size=c.vocab_size, d_model=c.d_model, d_kv=c.d_kv, d_ff=c.d_ff, num_layers=c.n_encoder_layers,
-            num_decoder_layers=c.n_decoder_layers, num_heads=c.n_heads, dropout_rate=0.0, decoder_start_token_id=0,
+            num_decoder_layers=c.n_decoder_layers, num_heads=c.n_heads, dropout_rate=dropout, decoder_start_token_id=0,
         )  # fmt: skip
         self.model, weights = T5ForConditionalGeneration(config), {}
         for name, p in run.model.named_parameters():
@@ -55,6 +58,7 @@ class Peer:
             weights |= dict(zip(names, p.detach().chunk(len(names)), strict=True))
         assert not self.model.load_state_dict(weights, strict=False).unexpected_keys
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+        self.model.train()
 
     def tokens(self, texts: list[str], limit: int = 256) -> torch.Tensor:
         return data.pad([[*self.tokenizer.encode(text)[: limit - 1], 1] for text in texts])
@@ -86,12 +90,12 @@ class Peer:
         self.optimizer.step()
 
 
-def our_step(run: r2d.Run, batch: list[data.Example], stage: int, p: float, optimizer: torch.optim.Optimizer) -> None:
+def our_step(run: r2d.Run, batch: list[data.Example], stage: int, p: float, optimizer: r2d.Adam) -> None:
     run.options = replace(run.options, warmup=0.0, ramp=0.0, cap=p, stage2_steps=1000)
-    optimizer.zero_grad()
+    run.model.zero_grad()
     r2d.gradients(run, stage, 500, batch, torch.Generator().manual_seed(0), [])
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    optimizer.step()
+    optimizer.step(1e-5)
 
 
 def in_turn(tries: int, *works: Callable[[int], object]) -> list[float]:
@@ -105,21 +109,27 @@ def in_turn(tries: int, *works: Callable[[int], object]) -> list[float]:
     return [statistics.median(column[1:]) for column in times]
 
 
-def child(program: list[str]) -> tuple[float, float]:
-    """Seconds and peak memory in MB of a whole process."""
+# what a program imports that trains a transformers T5 and scores its labels and texts
+PEER_IMPORTS = """import argparse, torch
+from sacrebleu import corpus_bleu
+from sklearn.metrics import f1_score
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5ForConditionalGeneration, T5Tokenizer"""
+
+
+def child(program: list[str]) -> float:
+    """Peak memory in MB of a whole process."""
     code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)"
     code += "; print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-    began = time.perf_counter()
     said = subprocess.run([sys.executable, "-c", code, *program], capture_output=True, text=True, check=True).stdout
-    return time.perf_counter() - began, int(said) / 1024
+    return int(said) / 1024
 
 
 def memory_run(who: str, size: str, out: str) -> None:
     """Ten steps of stage 2 at P = 0.9: what `child` measures the memory of."""
     run = ours(size, 0, out)
     run.model.train()
-    peer = Peer(run) if who == "peer" else None
-    optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e-5, fused=True)
+    peer = Peer(run, 0.0) if who == "peer" else None
+    optimizer = r2d.Adam(run.model)
     for batch in (run.data.train[i * 32 : i * 32 + 32] for i in range(10)):
         peer.step(batch, 2, 0.9, 8) if peer else our_step(run, batch, 2, 0.9, optimizer)
 
@@ -128,9 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="default")
     parser.add_argument("--tries", type=int, default=15, help="steps of each kind (default 15)")
-    parser.add_argument(
-        "--steps", type=int, default=200, help="steps of stage 1 before anything is timed (default 200)"
-    )
+    parser.add_argument("--steps", type=int, default=200, help="steps of stage 1 before the timing (default 200)")
     parser.add_argument("--notes", type=int, default=256, help="test notes for generation and evaluation (default 256)")
     parser.add_argument("--out", default="bench", help="folder for the run that is timed (default bench)")
     parser.add_argument("--memory", choices=("ours", "peer"), help=argparse.SUPPRESS)
@@ -138,60 +146,66 @@ def main() -> None:
     if o.memory:
         return memory_run(o.memory, o.size, o.out)
     run = ours(o.size, o.steps, o.out)
-    peer, rows = Peer(run), {}
-    optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e-5, fused=True)
+    peer, without, rows = Peer(run, 0.1), Peer(run, 0.0), {}
+    optimizer = r2d.Adam(run.model)
     lengths = [len(run.prompts.source(data.EXPLAIN, e.question)) for e in run.data.train]
     bucketed = [[run.data.train[i] for i in rows] for rows in data.batch_order(lengths, 32, 0, 0)]
     plain = [run.data.train[i : i + 32] for i in range(0, 32 * (o.tries + 1), 32)]
     longest = max(len(run.prompts.target(label)) for label in run.data.labels)
 
-    def row(name: str, ours: float, peer: float, unit: str = "ms", ratio: float | None = None) -> None:
-        rows[name] = {"ours": ours, "peer": peer, "unit": unit, "ratio": ratio or peer / ours}
-        print(f"{name:38}{ours:12.1f}{peer:12.1f} {unit:9}{rows[name]['ratio']:8.2f}", flush=True)
+    def row(name: str, unit: str, ours: float, *peers: float, ratios: tuple = ()) -> None:
+        ratios = ratios or [peer / ours for peer in peers]
+        rows[name] = {"unit": unit, "ours": ours, "peer": peers[0], "ratio": ratios[0]}
+        rows[name] |= {"peer_without_dropout": peers[1], "ratio_without_dropout": ratios[1]} if peers[1:] else {}
+        columns = "".join(f"{peer:12.1f}{ratio:8.2f}" for peer, ratio in zip(peers, ratios, strict=True))
+        print(f"{name:42}{unit:9}{ours:10.1f}{columns}", flush=True)
 
     print(f"{o.size}: {sum(p.numel() for p in run.model.parameters()):,} weights, {torch.get_num_threads()} threads")
-    print(f"{'':38}{'ours':>12}{'peer':>12} {'':9}{'ratio':>8}")
+    print(f"{'':51}{'ours':>10}{'peer':>12}{'ratio':>8}{'no dropout':>12}{'ratio':>8}")
     run.model.train()
     for stage, p in ((1, 0.0), (2, 0.0), (2, 0.5), (2, 0.9)):
         seconds = in_turn(
             o.tries,
             lambda i, stage=stage, p=p: our_step(run, bucketed[i], stage, p, optimizer),
             lambda i, stage=stage, p=p: peer.step(plain[i], stage, p, longest),
+            lambda i, stage=stage, p=p: without.step(plain[i], stage, p, longest),
         )
-        row(f"stage {stage} step" + f", P(predicted) {p}" * (stage == 2), *(1000 * s for s in seconds))
+        row(f"stage {stage} step" + f", P(predicted) {p}" * (stage == 2), "ms", *(1000 * s for s in seconds))
     run.model.eval()
     peer.model.eval()
     test = run.data.test[: o.notes]
     questions, gold = [e.question for e in test], [e.label for e in test]
     prompts = [r2d.EXPLAIN_GIVEN.format(label=e.label) + " " + e.question for e in test]
     tokens = sum(len(run.prompts.ids(text)) + 1 for text in r2d.explain(run, questions, gold))
-    chunks = [prompts[i : i + 64] for i in range(0, len(prompts), 32)]
-    seconds = in_turn(
-        3,
-        lambda i: r2d.explain(run, questions, gold),
-        lambda i: [peer.generate(chunk, run.options.max_target) for chunk in chunks],
-    )
-    row("rationale generation", tokens / seconds[0], tokens / seconds[1], "tokens/s", seconds[1] / seconds[0])
+
+    def peer_explains(batch: int) -> None:
+        for i in range(0, len(prompts), batch):
+            peer.generate(prompts[i : i + batch], run.options.max_target)
+
+    for batch, what in ((32, "batches of 32, as in training"), (8, "of 8, the default")):
+        seconds = in_turn(3, lambda i: r2d.explain(run, questions, gold), lambda i, batch=batch: peer_explains(batch))
+        speeds = [tokens / s for s in seconds]
+        row(f"rationales (peer: {what})", "tokens/s", *speeds, ratios=(seconds[1] / seconds[0],))
     run.data = replace(run.data, test=test, ceiling=None)
 
     def peer_evaluates(i: int) -> None:
-        """Labels, and rationales under three conditions; the scoring is left to us."""
+        """Labels; rationales and their likelihood under three conditions; the scores are left to us."""
+        chunks = [slice(i, i + 32) for i in range(0, len(prompts), 32)]
+        for rows in chunks:
+            peer.generate(prompts[rows], longest)
         for _ in range(3):
-            [peer.generate(chunk, run.options.max_target) for chunk in chunks]
-        [peer.generate(chunk, longest) for chunk in chunks]
+            peer_explains(32)
+            with torch.no_grad():
+                [peer.loss(prompts[rows], [e.rationale for e in test[rows]]) for rows in chunks]
 
-    evaluated = in_turn(1, lambda i: r2d.evaluate(run), peer_evaluates)
-    row("evaluation (the peer's without scores)", *evaluated, "s")
-    helped = [statistics.median(child([sys.executable, *program])[0] for _ in range(5)) for program in (
-        [str(ROOT / "r2d.py"), "--help"],
-        ["-c", "import argparse, torch, transformers; from transformers import T5ForConditionalGeneration, Trainer"],
-    )]  # fmt: skip
-    row("start-up (--help; the peer's imports)", *helped, "s")
-    memory = [
-        child([sys.executable, __file__, "--size", o.size, "--out", o.out, "--memory", who])[1]
-        for who in ("ours", "peer")
-    ]
-    row("peak memory, stage 2", *memory, "MB")
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluated = in_turn(1, lambda i: r2d.evaluate(run), peer_evaluates)
+    row("evaluation (the peer's without scores)", "s", *evaluated)
+    programs = [[str(ROOT / "r2d.py"), "--help"], ["-c", PEER_IMPORTS]]
+    helped = in_turn(5, *(lambda i, program=program: child([sys.executable, *program]) for program in programs))
+    row("start-up (--help; the peer's imports)", "s", *helped)
+    command = [sys.executable, __file__, "--size", o.size, "--out", o.out, "--memory"]
+    row("peak memory, stage 2", "MB", *(child([*command, who]) for who in ("ours", "peer")))
 
     run.model.train()
     with FlopCounterMode(display=False) as counter:

@@ -406,7 +406,7 @@ def test_early_stopping_counts_across_an_interruption(tmp_path: Path, monkeypatc
     """Catches a resume that forgets how often the score was no better, or which score was the best."""
     real, calls = r2d.stage1_loss, itertools.count(1)
 
-    def loss(*arguments: object) -> tuple:
+    def loss(*arguments: object) -> Iterator:
         if next(calls) == 3:
             signal.raise_signal(signal.SIGINT)
         return real(*arguments)
@@ -711,14 +711,14 @@ def changed(change: Callable[[dict], dict]) -> Callable:
 def of_another_width(content: dict) -> dict:
     config = r2d.ModelConfig(400, 48, 2, 24, 192, 1, 1, 0.0)
     model = r2d.Transformer(config)
-    optimizer = torch.optim.AdamW(model.parameters()).state_dict()
+    optimizer = r2d.Adam(model).state()
     new = {"config": asdict(config), "weights": model.state_dict(), "model": model.state_dict(), "optimizer": optimizer}
     return content | {key: value for key, value in new.items() if key in content}
 
 
 def optimizer_of_another_shape(content: dict) -> dict:
-    state = {i: s | {"exp_avg": s["exp_avg"][..., :1]} for i, s in content["optimizer"]["state"].items()}
-    return content | {"optimizer": content["optimizer"] | {"state": state}}
+    means = [mean[..., :1] for mean in content["optimizer"]["means"]]
+    return content | {"optimizer": content["optimizer"] | {"means": means}}
 
 
 RAW = {

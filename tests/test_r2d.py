@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import lines, read, stage2_lines
+from torch import nn
 
 import data
 import metrics
@@ -166,7 +167,7 @@ def test_target_stays_gold_whatever_the_label_in_the_prompt(tmp_path: Path, monk
 
     monkeypatch.setattr(r2d, "token_mean", spy)
     one.prompts.max_target = 200
-    r2d.stage2_loss(one, one.data.train[:4], [1, 1], [True] * 4, 0.7)
+    list(r2d.stage2_loss(one, one.data.train[:4], [1, 1], {}, [True] * 4, 0.7))
     assert seen[0] == [(f"predict: {e.question}", e.label) for e in one.data.train[:4]]
     assert seen[1] == [(f"given label: home care, explain: {e.question}", e.rationale) for e in one.data.train[:4]]
 
@@ -207,6 +208,30 @@ def test_bfloat16_and_compile_give_the_same_loss_within_their_tolerance(
         assert log["loss"] == pytest.approx(expected["loss"], rel=tolerance)
         assert option == "compile" or log["loss"] != expected["loss"]
     assert (fast.autocast()._enabled, fast.nll == fast.model.nll) == (option == "dtype", option == "dtype")
+
+
+def test_adam_is_torchs_with_a_rate_per_tensor() -> None:
+    """Catches a missing bias correction, eps inside the root, and a size that follows the weights as they grow."""
+    torch.manual_seed(0)
+    ours, peer = (nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)) for _ in range(2))
+    peer.load_state_dict(ours.state_dict())
+    mine = r2d.Adam(ours)
+    sizes = [max(p.detach().square().mean().sqrt().item(), 1e-3) for p in peer.parameters()]
+    theirs = torch.optim.AdamW([{"params": [p]} for p in peer.parameters()], weight_decay=0.0)
+    for step in range(30):
+        lr, x = 0.1 / (step + 1), torch.randn(4, 5)
+        for model in (ours, peer):
+            model.zero_grad()
+            (model(x).square().sum() * 10.0 ** -(step % 9)).backward()  # down to where eps counts
+        for group, size in zip(theirs.param_groups, sizes, strict=True):
+            group["lr"] = lr * size
+        mine.step(lr)
+        theirs.step()
+        if step == 15:  # and goes on from its state
+            state, mine = mine.state(), r2d.Adam(ours)
+            mine.restore(state)
+    for a, b in zip(ours.parameters(), peer.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_token_mean_ignores_padding_and_empty_targets(tmp_path: Path) -> None:
