@@ -1,6 +1,9 @@
-"""Draw the README's picture from the files of a finished run: python notebooks/draw.py out notebooks/figures/run.png
+"""Draw the README's pictures.
 
-Left, the two stages. Middle, stage 2 over the steps. Right, what the rationales argue for under each condition.
+python notebooks/draw.py out notebooks/figures/run.png
+    a finished run: the two stages; stage 2 over the steps; what the rationales argue for under each condition
+python notebooks/draw.py notebooks/results/compare.json notebooks/figures/gap.png
+    a comparison: BLEU under the gold and the own label; their gap; how often a flipped label is followed
 """
 
 import json
@@ -8,8 +11,6 @@ import sys
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 GREYS = {"argues_given": "0.25", "argues_gold": "0.75"}
@@ -75,15 +76,54 @@ def draw_conditions(ax: plt.Axes, rationale: dict) -> None:
     ax.legend(fontsize=8, loc="upper center", ncols=2, frameon=False)
 
 
-def main(run: str, target: str) -> None:
-    log = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    result = json.loads((Path(run) / "metrics.json").read_text(encoding="utf-8"))
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
-    draw_stages(axes[0])
-    draw_run(axes[1], log, result["label"].get("ceiling_macro_f1"))
-    draw_conditions(axes[2], result["rationale"])
-    for ax in axes[1:]:
-        ax.spines[["top", "right"]].set_visible(False)
+def draw_score(ax: plt.Axes, rows: dict, key: str, shift: float = 0, marker: str = "o", label: str = "") -> None:
+    """One score of a compare.json, a line per item: a dot per seed, the mean and its 95 % interval over seeds."""
+    for i, row in enumerate(rows.values()):
+        mean, seeds = row[key]["mean"], [value for value in row[key]["values"] if value is not None]
+        if mean is None:
+            text = "" if shift else "has none"
+            ax.text(0.06, i, text, transform=ax.get_yaxis_transform(), fontsize=8, color="0.4", va="center")
+            continue
+        low, high = row[key]["ci95"] or (mean, mean)
+        ax.plot(seeds, [i + shift + 0.16] * len(seeds), ".", color="0.65", markersize=5)
+        style = {"color": "0.1", "markerfacecolor": "white" if shift < 0 else "0.1", "capsize": 3, "markersize": 6}
+        ax.errorbar(mean, i + shift, xerr=[[mean - low], [high - mean]], fmt=marker, label=label, **style)
+        label = ""  # one entry in the legend
+    ax.set_yticks(range(len(rows)), [item.replace(",", ",\n", 1) for item in rows], fontsize=9)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def draw_gap(axes: list[plt.Axes], rows: dict) -> None:
+    """Three panels: BLEU under both labels, the gap between them, and how often a flipped label is followed."""
+    rows = {item: row for item, row in rows.items() if row["bleu"]["mean"] is not None}
+    draw_score(axes[0], rows, "bleu_gold", -0.2, "^", "under the gold label")
+    draw_score(axes[0], rows, "bleu", 0.15, "o", "under the own label")
+    axes[0].legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, handletextpad=0.2)
+    axes[0].set_xlabel("BLEU of the rationales (0-100)")
+    draw_score(axes[1], rows, "bleu_gap")
+    axes[1].axvline(0, color="0.6", linewidth=0.8)
+    axes[1].set_title("dots: seeds; bars: mean, 95 % interval", fontsize=8)
+    axes[1].set_xlabel("gap: gold minus own label (BLEU)")
+    draw_score(axes[2], rows, "following")
+    axes[2].set_xlabel("follows a flipped label (%)")
+    axes[2].set_xlim(left=0)
+
+
+def main(source: str, target: str) -> None:
+    matplotlib.use("Agg")  # no window
+    if source.endswith(".json"):
+        figure, axes = plt.subplots(1, 3, figsize=(12, 3.1), sharey=True)
+        draw_gap(axes, json.loads(Path(source).read_text(encoding="utf-8")))
+    else:
+        log = [json.loads(line) for line in (Path(source) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        result = json.loads((Path(source) / "metrics.json").read_text(encoding="utf-8"))
+        figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
+        draw_stages(axes[0])
+        draw_run(axes[1], log, result["label"].get("ceiling_macro_f1"))
+        draw_conditions(axes[2], result["rationale"])
+        for ax in axes[1:]:
+            ax.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(target, dpi=110)
 

@@ -57,7 +57,8 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_init_eval_scores_the_weights_as_they_are(t5: Path, tmp_path: Path) -> None:
-    """Catches an evaluation of fresh random weights, with another tokenizer, or after some training."""
+    """Catches an evaluation of fresh random weights, with another tokenizer, or after some training, and a training
+    after it that begins from random weights."""
     out = tmp_path / "run"
     assert r2d.main([*STEPS, "--init", str(t5), "--eval", "--out", str(out)]) == 0
     assert not list(out.glob("*.pt")) and read(out / "metrics.json")["updates"] == 0
@@ -67,7 +68,9 @@ def test_init_eval_scores_the_weights_as_they_are(t5: Path, tmp_path: Path) -> N
     longest = max(len(tokenizer.encode(label)) + 1 for label in data.DISPOSITIONS)
     assert row["predicted_label"] == tokenizer.decode(model.generate(torch.tensor([source]), longest)[0].tolist())
     assert r2d.main(["--out", str(out), "--stage", "1"]) == 0  # and training can still begin from there
-    assert len(lines(out / "log.jsonl")) == 4
+    assert r2d.main([*STEPS, "--init", str(t5), "--stage", "1", "--out", str(tmp_path / "other")]) == 0
+    losses = [[line["loss"] for line in lines(folder / "log.jsonl")] for folder in (out, tmp_path / "other")]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
 def test_init_trains_from_the_checkpoint_at_its_own_rate(t5: Path, tmp_path: Path) -> None:
@@ -89,7 +92,7 @@ def test_init_run_resumes_and_answers_without_the_checkpoint(t5: Path, tmp_path:
     def stop_after_a_save(path: Path, *content: object, **previous: Path) -> None:
         save(path, *content, **previous)
         saved.append(path.name)
-        if saved.count("last.pt") == 2:
+        if saved.count("last.pt") == 3:  # in the middle of stage 2
             raise KeyboardInterrupt
 
     monkeypatch.setattr(r2d, "save_checkpoint", stop_after_a_save)
@@ -158,12 +161,12 @@ def test_a_bad_t5_folder_ends_in_one_line_and_loses_nothing(
     damage(folder, how)
     if option == "--bertscore":
         shutil.copytree(finished_run, out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else {}
+    before = {path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else None
     shape = STEPS if option == "--init" else TINY
     assert r2d.main([*shape, option, str(folder), "--out", str(out), "--eval"]) == 2
     message = capsys.readouterr().err
     assert message.count("r2d.py:") == 1 and message.endswith("\n") and DAMAGE[how] in message
-    assert before == ({path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else {})
+    assert before == ({path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else None)
 
 
 # --- --bertscore
@@ -176,19 +179,23 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_bertscore_uses_the_encoder_it_was_given_and_says_so(finished_run: Path, t5: Path, capsys) -> None:
-    """Catches --bertscore that changes only the name in the table, the wrong tokenizer, or the end token scored."""
-    own = read(finished_run / "metrics.json")
+def test_bertscore_uses_the_encoder_it_was_given_and_says_so(
+    finished_run: Path, t5: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """Catches --bertscore that changes only the name in the table, the wrong tokenizer, the end token scored, or texts
+    cut at --max-target. A model this small writes nothing, so the notes stand in for what it writes."""
+    out, own = shutil.copytree(finished_run, tmp_path / "run"), read(finished_run / "metrics.json")
     assert own["bertscore_encoder"] == "stage1.pt of this run"
-    assert r2d.main([*TINY, "--out", str(finished_run), "--eval", "--bertscore", str(t5)]) == 0
+    monkeypatch.setattr(r2d, "explain", lambda run, questions, labels: questions)
+    assert r2d.main([*TINY, "--out", str(out), "--eval", "--bertscore", str(t5)]) == 0
     assert f"BERTScore's encoder: {t5}" in capsys.readouterr().out
-    result = read(finished_run / "metrics.json")
+    result = read(out / "metrics.json")
     tokenizer, model = data.Tokenizer.load(t5 / "spiece.model"), load_t5(t5).eval()
 
     def vectors(text: str) -> np.ndarray:
         return model.encode(torch.tensor([[*tokenizer.encode(text), 1]]))[0, :-1].detach().numpy()
 
-    rows = lines(finished_run / "predictions.jsonl")
+    rows = lines(out / "predictions.jsonl")
     pairs = [(vectors(row["rationale_given_gold"]), vectors(row["rationale"])) for row in rows]
     assert result["bertscore_encoder"] == str(t5)
     expected = np.mean([metrics.bertscore(*pair)[2] for pair in pairs])
@@ -204,12 +211,13 @@ def test_bertscore_without_stage1_says_whose_encoder_it_was(tmp_path: Path) -> N
 
 # --- --compare
 
+ITEMS = ["sft", "dss", "r2d", "r2d,no-stage1", "r2d,schedule=none,rationales=nurse,eval-every=8"]
+
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("compare") / "all"
-    items = ["sft", "dss", "r2d", "r2d,no-stage1", "r2d,schedule=none,rationales=nurse"]
-    assert r2d.main([*TINY, "--out", str(out), "--compare", *items, "--seeds", "3", "1"]) == 0
+    assert r2d.main([*TINY, "--out", str(out), "--compare", *ITEMS, "--seeds", "3", "1"]) == 0
     return out
 
 
@@ -225,56 +233,70 @@ def test_compare_gives_every_method_the_same_budget(comparison: Path) -> None:
 
 
 def test_compare_sets_the_options_of_each_item(comparison: Path) -> None:
-    """Catches an ablation that is the full method under another name, and a seed that is not the folder's."""
-    config = read(comparison / "r2d_schedule_none_rationales_nurse-1" / "config.json")
-    assert (config["schedule"], config["rationales"], config["seed"]) == ("none", "nurse", 1)
+    """Catches an ablation that is the full method under another name, an option of the whole comparison that wins over
+    the item's own, and a seed that is not the folder's."""
+    config = read(comparison / "r2d_schedule_none_rationales_nurse_eval-every_8-1" / "config.json")
+    assert (config["schedule"], config["rationales"], config["eval_every"], config["seed"]) == ("none", "nurse", 8, 1)
     assert read(comparison / "r2d_no-stage1-3" / "config.json")["no_stage1"]
     assert not (comparison / "r2d_no-stage1-3" / "stage1.pt").exists()
     plain = read(comparison / "r2d-3" / "config.json")
     assert (plain["schedule"], plain["no_stage1"], plain["method"]) == ("linear", False, "r2d")
+    assert [read(comparison / f"{method}-1" / "config.json")["method"] for method in ("sft", "dss")] == ["sft", "dss"]
 
 
-def test_compare_reports_the_runs_own_numbers(comparison: Path) -> None:
-    """Catches seeds mixed up between methods: values in the order of the seeds, differences paired by seed."""
-    rows = read(comparison / "compare.json")
+def test_compare_reports_the_runs_own_numbers(comparison: Path, tmp_path: Path) -> None:
+    """Catches seeds mixed up between methods: values in the order of the seeds, differences paired by seed.
+
+    Runs this small all score 0, so every score is replaced by a number that no other has.
+    """
+    out, rng = shutil.copytree(comparison, tmp_path / "numbers"), np.random.default_rng(0)
+    for path in sorted(out.glob("*/metrics.json")):
+        result = read(path)
+        for group in (result["label"], *result.get("rationale", {}).values()):
+            group |= {key: rng.uniform(0, 100) for key, value in group.items() if isinstance(value, float)}
+        path.write_text(json.dumps(result), encoding="utf-8")
+    assert r2d.main([*TINY, "--out", str(out), "--compare", *ITEMS, "--seeds", "3", "1"]) == 0
+    rows = read(out / "compare.json")
     for key, path in (("accuracy", ("label", "accuracy")), ("bleu_gold", ("rationale", "gold", "bleu"))):
         for item in ("r2d", "r2d,no-stage1"):
             values = []
             for seed in (3, 1):
-                score = read(comparison / f"{item.replace(',', '_')}-{seed}" / "metrics.json")
+                score = read(out / f"{item.replace(',', '_')}-{seed}" / "metrics.json")
                 for name in path:
                     score = score[name]
                 values.append(score)
             assert rows[item][key]["values"] == values
         both = np.array([rows[item][key]["values"] for item in ("r2d,no-stage1", "r2d")])
         assert rows["r2d,no-stage1"][key]["minus_r2d"] == metrics.mean_over_seeds(both[0] - both[1])
+    assert len({value for row in rows.values() for value in row["accuracy"]["values"]}) == 2 * len(ITEMS)
     assert rows["sft"]["bleu"]["mean"] is None and rows["sft"]["bleu"]["values"] == [None, None]
 
 
 def test_compare_skips_what_is_finished_and_goes_on_with_the_rest(comparison: Path, tmp_path: Path, capsys) -> None:
     """Catches work done twice, and a comparison that cannot be continued after Ctrl-C."""
     out = shutil.copytree(comparison, tmp_path / "again")
-    before = (out / "r2d-3" / "last.pt").stat().st_mtime_ns
+    trained = [out / name / "last.pt" for name in ("r2d-3", "sft-1")]  # of the second, only the evaluation is missing
+    before = [path.stat().st_mtime_ns for path in trained]
     (out / "sft-1" / "metrics.json").unlink()
     shutil.rmtree(out / "dss-1")
     assert r2d.main([*TINY, "--out", str(out), "--compare", "sft", "dss", "r2d", "--seeds", "3", "1"]) == 0
     assert capsys.readouterr().out.count("holds a finished run") == 4
-    assert (out / "r2d-3" / "last.pt").stat().st_mtime_ns == before
+    assert [path.stat().st_mtime_ns for path in trained] == before
     assert read(out / "compare.json")["dss"] == read(comparison / "compare.json")["dss"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--compare", "bert", "--seeds", "1"], "bert"),
-        (["--compare", "r2d,capp=1"], "--capp"),
-        (["--compare", "r2d,cap=2"], "--cap"),
-        (["--compare", "r2d", "--seed", "1"], "--seed"),
-        (["--compare", "r2d", "--method", "sft"], "--method"),
-        (["--compare", "r2d", "--ask", "x"], "--ask"),
-        (["--compare", "r2d,seed=1"], "seed"),
-        (["--compare", "r2d", "--seeds", "x"], "--seeds"),
-        (["--compare", "r2d", "--seeds", "-1"], "--seed"),
+        (["--compare", "sft", "bert", "--seeds", "1"], "bert"),
+        (["--compare", "sft", "r2d,capp=1"], "--capp"),
+        (["--compare", "sft", "r2d,cap=2"], "--cap"),
+        (["--compare", "sft", "r2d", "--seed", "1"], "--seed"),
+        (["--compare", "sft", "r2d", "--method", "sft"], "--method"),
+        (["--compare", "sft", "r2d", "--ask", "x"], "--ask"),
+        (["--compare", "sft", "r2d,seed=1"], "seed"),
+        (["--compare", "sft", "r2d", "--seeds", "x"], "--seeds"),
+        (["--compare", "sft", "r2d", "--seeds", "0", "-1"], "--seed"),
         (["--seeds", "1"], "--seeds"),
         (["--init", "nowhere"], "nowhere"),
         (["--bertscore", "nowhere"], "nowhere"),
@@ -282,8 +304,8 @@ def test_compare_skips_what_is_finished_and_goes_on_with_the_rest(comparison: Pa
     ],
 )
 def test_wrong_comparisons_end_before_the_first_run(arguments: list[str], named: str, tmp_path: Path, capsys) -> None:
-    """Catches a misspelt option that is noticed after the first hour of training."""
-    assert r2d.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    """Catches a misspelt option that is noticed after the first hour of training: what comes before it is right."""
+    assert r2d.main([*STEPS, *arguments, "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and named in message and not (tmp_path / "out").exists()
 
@@ -296,7 +318,8 @@ def test_table_of_one_seed_has_no_interval(comparison: Path, tmp_path: Path, cap
     assert read(out / "compare.json")["sft"]["accuracy"]["minus_r2d"]["p"] is None
 
 
-def test_config_of_a_model_can_be_read_back(t5: Path) -> None:
+def test_config_of_a_model_can_be_read_back(t5: Path, tmp_path: Path) -> None:
     """Catches a field of the model's shape that config.json does not hold."""
-    config = load_t5(t5).config
-    assert ModelConfig(**json.loads(json.dumps(asdict(config)))) == config
+    one = r2d.prepare(r2d.Options(init=str(t5), limit=48, out=str(tmp_path)))
+    r2d.start(one)
+    assert r2d.read_config(tmp_path)["model"] == asdict(one.model.config) == asdict(load_t5(t5).config)

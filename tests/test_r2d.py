@@ -184,13 +184,21 @@ def test_loss_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("parts", [1, 3, 8])
 def test_a_batch_in_parts_gives_the_gradient_of_the_batch(parts: int, tmp_path: Path, monkeypatch) -> None:
-    """Catches parts that are averaged (their targets differ in length), and coins that depend on the parts."""
-    one = tiny_run(tmp_path, accumulate=parts, warmup=0.0, ramp=0.0, cap=0.5)
+    """Catches parts that are averaged (their targets differ in length), coins that depend on the parts, and parts that
+    save no memory: all computed before the first backward."""
+    one, calls = tiny_run(tmp_path, accumulate=parts, warmup=0.0, ramp=0.0, cap=0.5), []
+
+    def spy(sources: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        calls.append((len(sources), one.model.embedding.weight.grad is None))
+        return one.model.nll(sources, targets)
+
+    one.nll = spy
     monkeypatch.setattr(r2d, "predict_labels", lambda run, questions: [one.data.labels[0]] * len(questions))
     log = r2d.gradients(one, 2, 3, one.data.train[:8], torch.Generator().manual_seed(1), [])
     whole = tiny_run(tmp_path, warmup=0.0, ramp=0.0, cap=0.5)
     expected = r2d.gradients(whole, 2, 3, one.data.train[:8], torch.Generator().manual_seed(1), [])
     assert log == pytest.approx(expected, rel=1e-5) and 0 < log["used_predicted"] < 8
+    assert max(rows for rows, _ in calls) == math.ceil(8 / parts) and sum(first for _, first in calls) == 2
     for a, b in zip(one.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
@@ -199,7 +207,8 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_batch(parts: int, tmp_path: 
 def test_bfloat16_and_compile_give_the_same_loss_within_their_tolerance(
     option: str, tolerance: float, tmp_path
 ) -> None:
-    """Catches an option that changes nothing, or computes something else."""
+    """Catches an option that changes nothing, or computes something else: losses and weights are float32 with both, and
+    bfloat16 holds for decoding and scoring as well."""
     fast = tiny_run(tmp_path, **{option: "bfloat16" if option == "dtype" else True})
     plain = tiny_run(tmp_path)
     for stage in (1, 2):
@@ -208,6 +217,13 @@ def test_bfloat16_and_compile_give_the_same_loss_within_their_tolerance(
         assert log["loss"] == pytest.approx(expected["loss"], rel=tolerance)
         assert option == "compile" or log["loss"] != expected["loss"]
     assert (fast.autocast()._enabled, fast.nll == fast.model.nll) == (option == "dtype", option == "dtype")
+    sums = [r2d.stage1_loss(fast, plain.data.train[:8], [1, 1])[0], *fast.model.parameters()]
+    assert {x.dtype for x in sums} == {torch.float32}
+    seen, product = set(), next(part for part in fast.model.modules() if isinstance(part, torch.nn.Linear))
+    product.register_forward_hook(lambda part, given, result: seen.add(result.dtype))
+    r2d.predict_labels(fast, ["a cough"])
+    r2d.nll_counts(fast, plain.data.val[:8], ["explain:"] * 8)
+    assert seen == {torch.bfloat16 if option == "dtype" else torch.float32}
 
 
 def test_adam_is_torchs_with_a_rate_per_tensor() -> None:
@@ -338,7 +354,7 @@ def test_p_zero_is_gold_only_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Mon
     assert torch.equal(none["rng"], zero["rng"])
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights(finished: Path, tmp_path: Path, monkeypatch) -> None:
+def test_an_interrupted_run_goes_on_to_the_same_weights(finished: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """Catches a resume that repeats, skips or reorders steps, or forgets the optimiser or the coins."""
     gradients = r2d.gradients
 
@@ -352,6 +368,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(finished: Path, tmp_path
     monkeypatch.setattr(r2d, "gradients", gradients)
     assert lines(tmp_path / "run" / "log.jsonl")[-1]["step"] == 5  # the step is finished, then the state is saved
     assert r2d.main(["--out", str(tmp_path / "run")]) == 0  # no options: those of the run
+    assert "stage 2: goes on at step 6" in capsys.readouterr().out
     assert same_state(tmp_path / "run", finished)
     assert (tmp_path / "run" / "predictions.jsonl").read_bytes() == (finished / "predictions.jsonl").read_bytes()
 

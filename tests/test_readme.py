@@ -15,9 +15,9 @@ import r2d
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    found = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [command.split("python r2d.py")[1] for command in found if "python r2d.py" in command]
+    """In blocks and in sentences, each once, but for `-h` and the bare `python r2d.py`."""
+    found = re.findall(r"python r2d\.py ([^`#\n]*)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    return [command for command in dict.fromkeys(map(str.strip, found)) if command not in ("", "-h")]
 
 
 @pytest.fixture(scope="module")
