@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -577,11 +578,11 @@ class Prompts:
 
     def __init__(self, tokenizer: Tokenizer, max_source: int, max_target: int):
         self.tokenizer, self.max_source, self.max_target = tokenizer, max_source, max_target
-        self.cache: dict[str, list[int]] = {}
+        self.cache: dict[str, array] = {}
 
-    def ids(self, text: str) -> list[int]:
+    def ids(self, text: str) -> array:
         if text not in self.cache:
-            self.cache[text] = self.tokenizer.encode(text)
+            self.cache[text] = array("i", self.tokenizer.encode(text))  # 4 bytes a token; in a list it has 36
         return self.cache[text]
 
     def source(self, head: str, text: str) -> list[int]:

@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import r2d  # noqa: E402
-from model import t5_names  # noqa: E402
+from model import ModelConfig, Transformer, t5_names  # noqa: E402
 
 SIZES = {"default": {}, "t5-small": {"width": 512, "layers": 6, "heads": 8, "vocab_size": 8000}}
 
@@ -134,6 +135,62 @@ def memory_run(who: str, size: str, out: str) -> None:
         peer.step(batch, 2, 0.9, 8) if peer else our_step(run, batch, 2, 0.9, optimizer)
 
 
+# width, layers (of each stack), source and target tokens, batch: the default's shape, then one change at a time
+BASE = (128, 2, 64, 32, 32)
+POINTS = [BASE, (256, 2, 64, 32, 32), (512, 2, 64, 32, 32), (128, 4, 64, 32, 32), (128, 8, 64, 32, 32)]
+POINTS += [
+    (128, 2, 128, 64, 32),
+    (128, 2, 256, 128, 32),
+    (128, 2, 512, 256, 32),
+    (128, 2, 64, 32, 8),
+    (128, 2, 64, 32, 128),
+]
+POINTS += [(512, 6, 64, 32, 32)]  # T5-small's shape
+
+
+def point(width: int, layers: int, source: int, target: int, batch: int) -> None:
+    """One update on random tokens: median milliseconds, Gflop, and how far the peak memory rose above the imports."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    torch.manual_seed(0)
+    shape = (width, width // 32, 32, 4 * width, layers, layers, 0.0)
+    model = Transformer(ModelConfig(1536, *shape))
+    optimizer = r2d.Adam(model)
+    ids, labels = (torch.randint(3, 1536, (batch, length)) for length in (source, target))
+
+    def update(i: int) -> None:
+        model.zero_grad()
+        model.nll(ids, labels).mean().backward()
+        optimizer.step(1e-3)
+
+    (seconds,) = in_turn(7, update)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with FlopCounterMode(display=False) as counter:
+        update(0)
+    size, gflop = sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 1e9
+    row = f"{1e3 * seconds:.0f} | {1e6 * seconds / batch / (source + target):.1f} | {gflop:.1f} | {gflop / seconds:.0f}"
+    columns = f"{width} | {layers} | {source} + {target} | {batch} | {size / 1e6:.2f} | {row}"
+    print(f"| {columns} | {(peak - before) / 1024:.0f} |", flush=True)
+
+
+def scale() -> None:
+    """The README's table: every point in a process of its own, so that its peak memory is its own."""
+    heads = (
+        "width",
+        "layers",
+        "source + target",
+        "batch",
+        "million weights",
+        "ms",
+        "us a token",
+        "Gflop",
+        "Gflop/s",
+        "MB",
+    )
+    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads), flush=True)
+    for numbers in POINTS:
+        subprocess.run([sys.executable, __file__, "--point", *map(str, numbers)], check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="default")
@@ -141,8 +198,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="steps of stage 1 before the timing (default 200)")
     parser.add_argument("--notes", type=int, default=256, help="test notes for generation and evaluation (default 256)")
     parser.add_argument("--out", default="bench", help="folder for the run that is timed (default bench)")
+    parser.add_argument("--scale", action="store_true", help="cost of a step by width, depth, length and batch instead")
     parser.add_argument("--memory", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    parser.add_argument("--point", type=int, nargs=5, help=argparse.SUPPRESS)
     o = parser.parse_args()
+    if o.scale:
+        return scale()
+    if o.point:
+        return point(*o.point)
     if o.memory:
         return memory_run(o.memory, o.size, o.out)
     run = ours(o.size, o.steps, o.out)

@@ -713,7 +713,7 @@ def test_cutting_does_not_change_what_is_cached():
     prompts, question = data.Prompts(tokenizer(), 20, 10), triage().test[0].question
     first = [prompts.source(head, question) for head in HEADS] + [prompts.target(question)]
     assert [prompts.source(head, question) for head in HEADS] + [prompts.target(question)] == first
-    assert prompts.ids(question) == tokenizer().encode(question)
+    assert list(prompts.ids(question)) == tokenizer().encode(question)
 
 
 def test_target_ends_with_the_end_token():
