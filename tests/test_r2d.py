@@ -374,6 +374,23 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(finished: Path, tmp_path
     assert (tmp_path / "run" / "predictions.jsonl").read_bytes() == (finished / "predictions.jsonl").read_bytes()
 
 
+def test_fresh_over_an_interrupted_stage_1_begins_at_its_beginning(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Catches a run that starts over from the last save of the one it has just moved aside."""
+    gradients = r2d.gradients
+
+    def stop_at_2(run: r2d.Run, stage: int, step: int, *rest: object) -> dict:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return gradients(run, stage, step, *rest)
+
+    monkeypatch.setattr(r2d, "gradients", stop_at_2)
+    assert run(tmp_path / "run", "--stage", "1") == 130
+    monkeypatch.setattr(r2d, "gradients", gradients)
+    assert run(tmp_path / "run", "--stage", "1", "--fresh") == 0
+    assert [line["step"] for line in lines(tmp_path / "run" / "log.jsonl")] == list(range(4))
+    assert "goes on at step" not in capsys.readouterr().out
+
+
 def test_stage_1_then_stage_2_is_the_whole_job(finished: Path, tmp_path: Path) -> None:
     """Catches a stage 2 that trains stage 1 again, or starts from other weights than stage 1 left."""
     assert run(tmp_path / "run", "--stage", "1") == 0
