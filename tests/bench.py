@@ -265,7 +265,9 @@ def main() -> None:
         evaluated = in_turn(1, lambda i: r2d.evaluate(run), peer_evaluates)
     row("evaluation (the peer's without scores)", "s", *evaluated)
     programs = [[str(ROOT / "r2d.py"), "--help"], ["-c", PEER_IMPORTS]]
-    helped = in_turn(5, *(lambda i, program=program: child([sys.executable, *program]) for program in programs))
+    helped = in_turn(
+        min(o.tries, 5), *(lambda i, program=program: child([sys.executable, *program]) for program in programs)
+    )
     row("start-up (--help; the peer's imports)", "s", *helped)
     command = [sys.executable, __file__, "--size", o.size, "--out", o.out, "--memory"]
     row("peak memory, stage 2", "MB", *(child([*command, who]) for who in ("ours", "peer")))

@@ -141,3 +141,16 @@ def test_a_lost_process_ends_the_run_and_one_process_goes_on(notes: Path, tmp_pa
     assert "stage 2: goes on" in line
     again.send_signal(signal.SIGTERM)
     assert "the same command again" in again.communicate(timeout=60)[0] and again.returncode == 130
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the resource module is POSIX")
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    """Catches a benchmark that no longer fits the core."""
+    program = [sys.executable, str(ROOT / "tests" / "bench.py"), "--out", str(tmp_path / "run"), "--tries", "1"]
+    said = subprocess.run(
+        [*program, "--steps", "1", "--notes", "4"], capture_output=True, text=True, timeout=300
+    ).stdout
+    rows = json.loads(said.splitlines()[-1])["rows"]
+    assert len(rows) == 10 and all(row["ratio"] > 0 for name, row in rows.items() if name != "utilisation")
+    point = subprocess.run([*program, "--point", "32", "1", "8", "4", "2"], capture_output=True, text=True, timeout=300)
+    assert point.stdout.startswith("| 32 | 1 | 8 + 4 | 2 |")
