@@ -3,9 +3,14 @@
 import ast
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from test_r2d import TINY
+
+import r2d
 
 nbformat = pytest.importorskip("nbformat")  # notebooks/requirements.txt; CI has it
 nbclient = pytest.importorskip("nbclient")
@@ -80,3 +85,14 @@ def test_it_redefines_nothing_of_the_core(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.ClassDef)
     }
     assert not own & core, own & core
+
+
+def test_the_pictures_of_the_readme_can_be_drawn(tmp_path: Path) -> None:
+    """Catches files of a run, or of a comparison, that the pictures' program no longer understands."""
+    assert r2d.main([*TINY, "--out", str(tmp_path / "run")]) == 0
+    for source in (tmp_path / "run", ROOT / "notebooks" / "results" / "compare.json"):
+        command = [sys.executable, ROOT / "notebooks" / "draw.py", source, tmp_path / "picture.png"]
+        subprocess.run(command, check=True, timeout=120)
+        picture = (tmp_path / "picture.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+        (tmp_path / "picture.png").unlink()
