@@ -639,7 +639,7 @@ def assert_trains(run: r2d.Run) -> None:
     examples = run.data.train + run.data.val + run.data.test
     for example in examples:
         for head in (data.EXPLAIN, data.PREDICT, data.EXPLAIN_GIVEN.format(label=example.label)):
-            ids, start = run.prompts.source(head, example.question), run.prompts.ids(head)
+            ids, start = run.prompts.source(head, example.question), list(run.prompts.ids(head))
             assert len(ids) <= run.options.max_source and ids[: len(start)] == start and ids[-1] == 1
             assert not {0, 1, 2} & set(ids[:-1])
     coin = torch.Generator().manual_seed(0)
