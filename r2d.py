@@ -444,7 +444,7 @@ def alone(out: Path, fresh: bool) -> Iterator[None]:
 
 
 class Adam:
-    """Adam (Kingma & Ba 2015, algorithm 1), the rate of each tensor times the size (RMS) of its first weights.
+    """Adam (Kingma & Ba 2015, algorithm 1; AdamW without decay), each rate times the size (RMS) of its first weights.
 
     T5's own optimiser has the latter from Adafactor (arXiv 1804.04235). T5's initial weights differ a hundredfold: at
     one rate for all, q explodes and embeddings stand still. torch.optim would load the compiler: 60 MB and a second.
