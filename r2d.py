@@ -1064,10 +1064,11 @@ def job(o: Options) -> None:
     """What one command does: ask, evaluate, or train and evaluate. Goes on where an earlier call was stopped."""
     out = Path(o.out)
     trained = (out / "stage2.pt").exists() or o.method == "zeroshot"
-    state = None if o.eval or o.ask or o.fresh else last_state(out)
+    goes_on = not (o.eval or o.ask or o.fresh)
+    state = last_state(out) if goes_on else None
     # an --eval may have come before the end of the training, so metrics.json alone does not tell
     done = state is None or (state["stage"] == 2 and state["step"] >= (o.stage2_steps or 0))
-    if not (o.eval or o.ask or o.fresh) and o.stage == 2 and trained and (out / "metrics.json").exists() and done:
+    if goes_on and o.stage == 2 and trained and (out / "metrics.json").exists() and done:
         return print(f"{out} holds a finished run, see its metrics.json; --eval scores it again, --fresh starts over")
     usable = trained or not (o.eval or o.ask) or (o.init and not o.ask and not begun(out))
     need(usable, f"{out / 'stage2.pt'}: no such checkpoint; train first, or give a finished run to --out")

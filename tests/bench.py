@@ -76,13 +76,14 @@ class Peer:
         return [self.tokenizer.decode(row) for row in out[:, 1:].tolist()]
 
     def step(self, batch: list[data.Example], stage: int, p: float, longest: int) -> None:
-        gold, given = [e.label for e in batch], [f"explain: {e.question}" for e in batch]
+        gold, given = [e.label for e in batch], [f"{data.EXPLAIN} {e.question}" for e in batch]
         loss = 0.0
         if stage == 2:
-            prompts = [f"predict: {e.question}" for e in batch]
+            prompts = [f"{data.PREDICT} {e.question}" for e in batch]
             own = self.generate(prompts, longest) if p > 0 else gold
             labels = [a if random.random() < p else b for a, b in zip(own, gold, strict=True)]
-            given = [f"given label: {label}, explain: {e.question}" for label, e in zip(labels, batch, strict=True)]
+            heads = [data.EXPLAIN_GIVEN.format(label=label) for label in labels]
+            given = [f"{head} {e.question}" for head, e in zip(heads, batch, strict=True)]
             loss = 0.7 * self.loss(prompts, gold)
         loss = loss + (0.3 if stage == 2 else 1.0) * self.loss(given, [e.rationale for e in batch])
         self.optimizer.zero_grad()
@@ -136,16 +137,9 @@ def memory_run(who: str, size: str, out: str) -> None:
 
 
 # width, layers (of each stack), source and target tokens, batch: the default's shape, then one change at a time
-BASE = (128, 2, 64, 32, 32)
-POINTS = [BASE, (256, 2, 64, 32, 32), (512, 2, 64, 32, 32), (128, 4, 64, 32, 32), (128, 8, 64, 32, 32)]
-POINTS += [
-    (128, 2, 128, 64, 32),
-    (128, 2, 256, 128, 32),
-    (128, 2, 512, 256, 32),
-    (128, 2, 64, 32, 8),
-    (128, 2, 64, 32, 128),
-]
-POINTS += [(512, 6, 64, 32, 32)]  # T5-small's shape
+POINTS = [(128, 2, 64, 32, 32), (256, 2, 64, 32, 32), (512, 2, 64, 32, 32), (128, 4, 64, 32, 32), (128, 8, 64, 32, 32)]
+POINTS += [(128, 2, 128, 64, 32), (128, 2, 256, 128, 32), (128, 2, 512, 256, 32)]
+POINTS += [(128, 2, 64, 32, 8), (128, 2, 64, 32, 128), (512, 6, 64, 32, 32)]  # the last is T5-small's shape
 
 
 def point(width: int, layers: int, source: int, target: int, batch: int) -> None:
@@ -174,19 +168,8 @@ def point(width: int, layers: int, source: int, target: int, batch: int) -> None
 
 def scale() -> None:
     """The README's table: every point in a process of its own, so that its peak memory is its own."""
-    heads = (
-        "width",
-        "layers",
-        "source + target",
-        "batch",
-        "million weights",
-        "ms",
-        "us a token",
-        "Gflop",
-        "Gflop/s",
-        "MB",
-    )
-    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads), flush=True)
+    print("| width | layers | source + target | batch | million weights | ms | us a token | Gflop | Gflop/s | MB |")
+    print("|" + "---|" * 10, flush=True)
     for numbers in POINTS:
         subprocess.run([sys.executable, __file__, "--point", *map(str, numbers)], check=True)
 
@@ -238,7 +221,7 @@ def main() -> None:
     peer.model.eval()
     test = run.data.test[: o.notes]
     questions, gold = [e.question for e in test], [e.label for e in test]
-    prompts = [r2d.EXPLAIN_GIVEN.format(label=e.label) + " " + e.question for e in test]
+    prompts = [data.EXPLAIN_GIVEN.format(label=e.label) + " " + e.question for e in test]
     tokens = sum(len(run.prompts.ids(text)) + 1 for text in r2d.explain(run, questions, gold))
 
     def peer_explains(batch: int) -> None:

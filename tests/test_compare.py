@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import lines, read
+from helpers import contents, lines, read
 from test_r2d import same_state
 
 import data
@@ -161,12 +161,12 @@ def test_a_bad_t5_folder_ends_in_one_line_and_loses_nothing(
     damage(folder, how)
     if option == "--bertscore":
         shutil.copytree(finished_run, out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else None
+    before = contents(out) if out.exists() else None
     shape = STEPS if option == "--init" else TINY
     assert r2d.main([*shape, option, str(folder), "--out", str(out), "--eval"]) == 2
     message = capsys.readouterr().err
     assert message.count("r2d.py:") == 1 and message.endswith("\n") and DAMAGE[how] in message
-    assert before == ({path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else None)
+    assert before == (contents(out) if out.exists() else None)
 
 
 # --- --bertscore

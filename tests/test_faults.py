@@ -26,6 +26,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import contents, lines
 
 import r2d
 
@@ -85,7 +86,7 @@ def load(path: Path) -> dict:
 
 def log_of(out: Path) -> list[dict]:
     """log.jsonl without the clock."""
-    rows = map(json.loads, (out / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    rows = lines(out / "log.jsonl")
     return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
 
 
@@ -103,10 +104,6 @@ def check_same(out: Path, reference: Path) -> None:
     for name in ("predictions.jsonl", "metrics.json", "tokenizer.model"):
         assert (out / name).read_bytes() == (reference / name).read_bytes(), name
     assert not list(out.glob("*.tmp"))
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -395,10 +392,10 @@ def test_a_kill_at_the_very_beginning_leaves_nothing_to_other_data(nursery: Nurs
 @posix
 def test_a_kill_while_the_old_run_is_moved_aside_loses_nothing(nursery: Nursery, done: Path, finished: Path) -> None:
     """Catches --fresh that deletes before it has moved, or cannot be given again."""
-    before = files(done)
+    before = contents(done)
     assert kill_again_and_again(nursery, done, [("before", "r2d.start")], "--fresh") == 1
     old = [done.with_name(f"done.old{i}") for i in (1, 2)]
-    assert files(old[0]) == before and not any((old[1] / name).exists() for name in before.keys() - {"lock"})
+    assert contents(old[0]) == before and not any((old[1] / name).exists() for name in before.keys() - {"lock"})
     check_same(done, finished)
 
 
@@ -452,7 +449,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
 @posix
 def test_a_second_ctrl_c_ends_at_once(nursery: Nursery, stopped: Path, finished: Path, tmp_path: Path) -> None:
     """Catches a step that cannot be left: the second signal ends it, and what was saved before stays as it is."""
-    before, marker = files(stopped), tmp_path / "marker"
+    before, marker = contents(stopped), tmp_path / "marker"
     pid = nursery.start(stopped, fate=("hold", "data.pad", 1, str(marker)), program=True)
     wait_for(marker)
     os.kill(pid, signal.SIGINT)
@@ -460,7 +457,7 @@ def test_a_second_ctrl_c_ends_at_once(nursery: Nursery, stopped: Path, finished:
     os.kill(pid, signal.SIGINT)
     status, said = nursery.wait(pid)  # the file that lets it go on never comes
     assert status == 130 and "Traceback" not in said and "stopped" in said
-    assert all(files(stopped)[name] == before[name] for name in ("last.pt", "previous.pt", "stage1.pt", "stage2.pt"))
+    assert all(contents(stopped)[name] == before[name] for name in ("last.pt", "previous.pt", "stage1.pt", "stage2.pt"))
     assert run(stopped) == 0
     check_same(stopped, finished)
 
@@ -542,7 +539,7 @@ def test_a_full_disk_ends_in_one_line_and_costs_nothing(
     name: str, where: str, stopped: Path, finished: Path, capsys
 ) -> None:
     """Catches a traceback, half a file under a real name, one that is left over, and a checkpoint that was lost."""
-    before = files(stopped)
+    before = contents(stopped)
     with pytest.MonkeyPatch.context() as patch:
         fill_the_disk(patch, name, where)
         status = run(stopped)
@@ -568,7 +565,7 @@ def test_a_disk_that_is_full_from_the_start(name: str, finished: Path, tmp_path:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
 def test_a_log_that_cannot_be_written_is_no_traceback(stopped: Path, capsys) -> None:
     """Catches an error of the log, which is written by another road than the checkpoints, that nobody handles."""
-    before = files(stopped)
+    before = contents(stopped)
     (stopped / "log.jsonl").unlink()
     (stopped / "log.jsonl").symlink_to("/dev/full")
     assert refused(run(stopped), capsys.readouterr().err, str(stopped))
@@ -646,10 +643,10 @@ def test_after_a_loss_that_is_not_finite_the_run_goes_on_from_the_last_save(
     value: float, stopped: Path, finished: Path, monkeypatch, capsys
 ) -> None:
     """Catches a save of broken weights, a message without the place, and a run that cannot be mended."""
-    before, real = files(stopped), r2d.token_mean
+    before, real = contents(stopped), r2d.token_mean
     at_step(monkeypatch, 11, lambda: monkeypatch.setattr(r2d, "token_mean", lambda *a: real(*a) * value))
     assert refused(run(stopped), capsys.readouterr().err, "stage 2", "step 11", "--lr")
-    after = files(stopped)
+    after = contents(stopped)
     assert all(after[name] == before[name] for name in before if name.endswith(".pt"))
     monkeypatch.undo()
     assert run(stopped) == 0
@@ -662,10 +659,10 @@ def test_after_a_loss_that_is_not_finite_the_run_goes_on_from_the_last_save(
 @pytest.mark.parametrize("option", [[], ["--fresh"], ["--eval"], ["--stage", "1"]])
 def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(option: list, stopped: Path, capsys) -> None:
     """Catches two runs that write the same files, and --fresh that moves the folder of a run at work."""
-    before = files(stopped)
+    before = contents(stopped)
     with r2d.alone(stopped, fresh=False):
         assert refused(run(stopped, *option), capsys.readouterr().err, str(stopped), "another run")
-        assert files(stopped) == before and sorted(path.name for path in stopped.parent.iterdir()) == ["run"]
+        assert contents(stopped) == before and sorted(path.name for path in stopped.parent.iterdir()) == ["run"]
     with r2d.alone(stopped, fresh=False):  # free again
         pass
 
@@ -678,11 +675,11 @@ def test_a_run_at_work_keeps_others_out_until_it_dies(
     marker = tmp_path / "marker"
     pid = nursery.start(stopped, fate=("hold", "r2d.stage2_loss", 1, str(marker)))
     wait_for(marker)
-    before = files(stopped)
+    before = contents(stopped)
     for option in ([], ["--fresh"], ["--eval"]):
         assert refused(run(stopped, *option), capsys.readouterr().err, str(stopped), "another run")
     assert run(stopped, "--ask", "a cough") == 0 and "label" in capsys.readouterr().out
-    assert files(stopped) == before and not stopped.with_name("run.old1").exists()
+    assert contents(stopped) == before and not stopped.with_name("run.old1").exists()
     os.kill(pid, signal.SIGKILL)
     assert nursery.wait(pid)[0] == -signal.SIGKILL
     assert run(stopped) == 0
@@ -946,14 +943,14 @@ def test_data_that_changed_since_the_run_began_is_refused(tmp_path: Path, capsys
     rows = [note(random.Random(i)) for i in range(40)]  # --limit cuts none off
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert run(out, "--data", str(path), "--stage", "1") == 0
-    before = files(out)
+    before = contents(out)
     path.write_text("\n".join(map(json.dumps, [*rows[:-1], rows[-1] | {"rationale": "so"}])), encoding="utf-8")
     capsys.readouterr()
     for arguments in (["--data", str(path)], [], ["--stage", "1"]):
         assert refused(r2d.main(["--out", str(out), *arguments]), capsys.readouterr().err, "d.jsonl", "changed")
     path.unlink()
     assert refused(r2d.main(["--out", str(out)]), capsys.readouterr().err, "d.jsonl")
-    assert files(out) == before
+    assert contents(out) == before
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     os.utime(path, (1, 1))
     assert r2d.main(["--out", str(out)]) == 0

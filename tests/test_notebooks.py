@@ -8,14 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_r2d import TINY
+from test_r2d import ROOT, TINY
 
 import r2d
 
 nbformat = pytest.importorskip("nbformat")  # notebooks/requirements.txt; CI has it
 nbclient = pytest.importorskip("nbclient")
 
-ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 CORE = ("r2d.py", "model.py", "data.py", "metrics.py")
 
@@ -34,12 +33,13 @@ def test_it_runs_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatch) -> 
     """Catches a core that changed under a notebook, and a cell that needs the files of another notebook."""
     for name in CORE:
         shutil.copy(ROOT / name, tmp_path)
-    folder, kind = tmp_path / "notebooks", {"kernel_name": "python3", "timeout": 300}
+    folder = tmp_path / "notebooks"
     shutil.copytree(ROOT / "notebooks", folder, ignore=shutil.ignore_patterns("runs", ".*"))
     monkeypatch.setenv("NOTEBOOK_SIZE", "tiny")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     book = nbformat.read(folder / path.name, 4)
-    nbclient.NotebookClient(book, resources={"metadata": {"path": folder}}, **kind).execute()
+    resources = {"metadata": {"path": folder}}
+    nbclient.NotebookClient(book, timeout=300, kernel_name="python3", resources=resources).execute()
     assert not any(output.output_type == "error" for cell in book.cells for output in cell.get("outputs", []))
 
 

@@ -355,18 +355,23 @@ def test_p_zero_is_gold_only_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Mon
     assert torch.equal(none["rng"], zero["rng"])
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights(finished: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    """Catches a resume that repeats, skips or reorders steps, or forgets the optimiser or the coins."""
+def stop_at(patch: pytest.MonkeyPatch, stage: int, step: int) -> None:
+    """Ctrl-C at this step of this stage."""
     gradients = r2d.gradients
 
-    def stop_at_5(run: r2d.Run, stage: int, step: int, *rest: object) -> dict:
-        if (stage, step) == (2, 5):
+    def stopping(run: r2d.Run, *place: object) -> dict:
+        if place[:2] == (stage, step):
             os.kill(os.getpid(), signal.SIGINT)
-        return gradients(run, stage, step, *rest)
+        return gradients(run, *place)
 
-    monkeypatch.setattr(r2d, "gradients", stop_at_5)
-    assert run(tmp_path / "run") == 130
-    monkeypatch.setattr(r2d, "gradients", gradients)
+    patch.setattr(r2d, "gradients", stopping)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(finished: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Catches a resume that repeats, skips or reorders steps, or forgets the optimiser or the coins."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, stage=2, step=5)
+        assert run(tmp_path / "run") == 130
     assert lines(tmp_path / "run" / "log.jsonl")[-1]["step"] == 5  # the step is finished, then the state is saved
     assert r2d.main(["--out", str(tmp_path / "run")]) == 0  # no options: those of the run
     assert "stage 2: goes on at step 6" in capsys.readouterr().out
@@ -376,16 +381,9 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(finished: Path, tmp_path
 
 def test_fresh_over_an_interrupted_stage_1_begins_at_its_beginning(tmp_path: Path, monkeypatch, capsys) -> None:
     """Catches a run that starts over from the last save of the one it has just moved aside."""
-    gradients = r2d.gradients
-
-    def stop_at_2(run: r2d.Run, stage: int, step: int, *rest: object) -> dict:
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return gradients(run, stage, step, *rest)
-
-    monkeypatch.setattr(r2d, "gradients", stop_at_2)
-    assert run(tmp_path / "run", "--stage", "1") == 130
-    monkeypatch.setattr(r2d, "gradients", gradients)
+    with monkeypatch.context() as patch:
+        stop_at(patch, stage=1, step=2)
+        assert run(tmp_path / "run", "--stage", "1") == 130
     assert run(tmp_path / "run", "--stage", "1", "--fresh") == 0
     assert [line["step"] for line in lines(tmp_path / "run" / "log.jsonl")] == list(range(4))
     assert "goes on at step" not in capsys.readouterr().out
@@ -589,7 +587,7 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "r2d.py"), *TINY, "--out", str(out), "--stage2-steps", "100000"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8")
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not ((out / "log.jsonl").exists() and len(stage2_lines(out)) > 8):
+    while time.monotonic() < deadline and len(stage2_lines(out)) <= 8:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, message = process.communicate(timeout=60)

@@ -106,23 +106,24 @@ def test_two_processes_can_start_over(method: str, one: Path, notes: Path, late:
     assert read(out / "metrics.json")["seed"] == 1
 
 
-def worker_of(process: subprocess.Popen, out: Path) -> int:
-    """The last of its processes, once stage 2 has been saved twice, so that one save is whole."""
+def strike(out: Path, notes: Path, number: int) -> tuple[int, str]:
+    """Send a signal to one of two processes once stage 2 has been saved twice, so that one save is whole."""
+    process = start(out, notes, 2, "--stage2-steps", "5000")
     deadline = time.time() + 100
     while not (out / "stage1.pt").exists() or len(stage2_lines(out)) < 8:
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.05)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    return int(workers[-1])
+    os.kill(int(workers[-1]), number)
+    said, _ = process.communicate(timeout=100)
+    return process.returncode, said
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_a_signal_to_one_process_stops_all_at_the_same_step(notes: Path, tmp_path: Path) -> None:
     """Catches one process that stops and leaves the other waiting for its gradients, and a step that is lost."""
     out = tmp_path / "run"
-    process = start(out, notes, 2, "--stage2-steps", "5000")
-    os.kill(worker_of(process, out), signal.SIGTERM)
-    said, _ = process.communicate(timeout=100)
+    _, said = strike(out, notes, signal.SIGTERM)
     assert "stopped; the same command again" in said and "lost the others" not in said
     assert torch.load(out / "last.pt", weights_only=True)["step"] == len(stage2_lines(out))
 
@@ -131,10 +132,8 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(notes: Path, tmp_pat
 def test_a_lost_process_ends_the_run_and_one_process_goes_on(notes: Path, tmp_path: Path) -> None:
     """Catches a run that hangs when a machine dies, a traceback in place of a message, and a save nobody can use."""
     out = tmp_path / "run"
-    process = start(out, notes, 2, "--stage2-steps", "5000")
-    os.kill(worker_of(process, out), signal.SIGKILL)
-    said, _ = process.communicate(timeout=100)
-    assert process.returncode != 0 and "lost the others" in said
+    status, said = strike(out, notes, signal.SIGKILL)
+    assert status != 0 and "lost the others" in said
     again = start(out, notes, 1, "--stage2-steps", "5000")
     while "goes on at step" not in (line := again.stdout.readline()):
         assert again.poll() is None
