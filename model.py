@@ -1,7 +1,6 @@
 """A T5-shaped encoder-decoder in plain PyTorch: layers, loss, greedy decoding, T5 checkpoints.
 
-T5 (Raffel et al. 2020, arXiv 1910.10683, section 2.1): norms before each part of a layer, no
-biases, relative position buckets for position embeddings, attention not divided by sqrt(K).
+T5: Raffel et al. 2020, arXiv 1910.10683, section 2.1. Pre-norm, no biases, relative positions.
 Letters: B batch, S source length, T target length, D width, H heads, K head width, V vocabulary.
 """
 
@@ -23,12 +22,12 @@ class ModelConfig:
     d_model: int = 128  # D
     n_heads: int = 4  # H
     d_kv: int = 32  # K
-    d_ff: int = 512  # inner width of the feed-forward part
+    d_ff: int = 512  # inner width of feed-forward
     n_encoder_layers: int = 2
     n_decoder_layers: int = 2
     dropout: float = 0.0
     n_buckets: int = 32  # relative position buckets
-    max_distance: int = 128  # all distances from here on share the last bucket
+    max_distance: int = 128  # from here on one bucket for all
     gated: bool = False  # False: relu (T5 v1.0), True: gated GELU (T5 v1.1, Flan-T5)
     tied: bool = True  # True: the output layer is the embedding (T5 v1.0)
     scaled: bool = True  # True: times D^-0.5 before the output layer (T5 v1.0)
@@ -276,7 +275,7 @@ T5_NAMES = {  # parts of the names of weights in T5 checkpoints, and ours
 
 
 def read_t5_config(file: Path, dropout: float) -> ModelConfig:
-    """The shape that a T5 config.json describes."""
+    """The shape in a T5 config.json."""
     t5 = json.loads(file.read_text(encoding="utf-8"))
     allowed = {"model_type": ["t5"], "feed_forward_proj": ["relu", "gated-gelu"]}
     allowed |= {"layer_norm_epsilon": [1e-6], "decoder_start_token_id": [0]}
@@ -299,14 +298,8 @@ def read_t5_config(file: Path, dropout: float) -> ModelConfig:
     return ModelConfig(*sizes, dropout, *buckets, gated, tied, scaled)
 
 
-def read_t5_weights(file: Path) -> dict[str, Tensor]:
-    """The weights in a file, in float32 and under our names."""
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file  # an extra package, for such files alone
-
-        weights = load_file(file)
-    else:
-        weights = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
+def rename_t5(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a T5 under our names, in float32; keys and values become one matrix."""
     state = {}
     for name, weight in weights.items():
         if "embed_tokens" in name or "EncDecAttention.relative_attention_bias" in name:
@@ -320,7 +313,9 @@ def read_t5_weights(file: Path) -> dict[str, Tensor]:
         if name.endswith(".k.weight"):
             k = state.pop(name)
             v = state.pop(name.replace(".k.", ".v."))
-            state[name.replace(".k.", ".kv.")] = torch.stack([k, v]).flatten(0, 1)
+            if k.shape != v.shape:
+                raise ValueError(f"{name} is {tuple(k.shape)}, its values {tuple(v.shape)}")
+            state[name.replace(".k.", ".kv.")] = torch.cat([k, v])  # (2 * H * K, D)
     return state
 
 
@@ -330,12 +325,17 @@ def load_t5(folder: Path, dropout: float = 0.0) -> Transformer:
     try:
         config = read_t5_config(file, dropout)
         file = folder / "model.safetensors"
-        if not file.exists():
+        if file.exists():
+            from safetensors.torch import load_file  # an extra package, for such files alone
+
+            weights = load_file(file)
+        else:
             file = folder / "pytorch_model.bin"
-        if not file.exists():
-            raise ValueError("not there, nor model.safetensors; weights in parts must be joined")
-        state = read_t5_weights(file)
-        if config.tied and "lm_head.weight" in state:  # transformers 5 says tied of every T5
+            if not file.exists():
+                raise ValueError("no such file, nor model.safetensors; join parts into one")
+            weights = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
+        state = rename_t5(weights)
+        if config.tied and "lm_head.weight" in state:  # which transformers 5 always says
             if state["lm_head.weight"].equal(state["embedding.weight"]):
                 del state["lm_head.weight"]
             else:
