@@ -21,6 +21,7 @@ V10 |= {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "drop
 V10 |= SIZES
 V11 = {"feed_forward_proj": "gated-gelu", "num_decoder_layers": 3, "tie_word_embeddings": False}
 V11 = V10 | V11
+SIZE_KEYS = [*SIZES, "num_decoder_layers", "relative_attention_num_buckets"]
 SAVED_AGAIN = {"tie_word_embeddings": True, "scale_decoder_outputs": False}  # by transformers 5
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
@@ -192,9 +193,6 @@ def test_every_published_size(tmp_path, name):
     assert sum(weight.numel() for weight in model.parameters()) == count
 
 
-# The ways that weights are stored.
-
-
 def assert_holds(model: Transformer, weights: dict[str, Tensor]) -> None:
     """The model has exactly these T5 weights, in float32 and ready to be trained."""
     expected = rename_t5(weights)
@@ -236,7 +234,6 @@ def test_an_output_layer_of_its_own_stays_its_own(tmp_path, config):
 def test_loading_changes_only_the_dropout(tmp_path):
     """Catches config.json's dropout in training, and weights drawn in vain before they are read."""
     write_bin(tmp_path, random_weights())
-    assert load_t5(tmp_path).config.dropout == 0.0
     before = torch.get_rng_state()
     model = load_t5(tmp_path, dropout=0.3)
     assert torch.get_rng_state().equal(before)
@@ -256,21 +253,17 @@ def test_a_config_that_is_none_is_refused(tmp_path):
         refusal(tmp_path, "config.json")
 
 
-WRONG = {"model_type": "bert", "feed_forward_proj": "gated-silu", "layer_norm_epsilon": 1e-5}
-WRONG |= {"pad_token_id": None, "eos_token_id": [2], "decoder_start_token_id": 5}
-
-
-@pytest.mark.parametrize("key", WRONG)
-def test_another_kind_of_model_is_refused(tmp_path, key):
+def test_another_kind_of_model_is_refused(tmp_path):
     """Catches a model that loads and computes something else than the one that was trained."""
-    write_bin(tmp_path, random_weights(), V11 | {key: WRONG[key]})
-    assert f"{key} is {WRONG[key]!r}" in refusal(tmp_path, "config.json")
+    wrong = {"model_type": "bert", "feed_forward_proj": "gated-silu", "layer_norm_epsilon": 1e-5}
+    wrong |= {"pad_token_id": None, "eos_token_id": [2], "decoder_start_token_id": 5}
+    write_bin(tmp_path, random_weights())
+    for key, value in wrong.items():
+        write_config(tmp_path, V11 | {key: value})
+        assert f"{key} is {value!r}" in refusal(tmp_path, "config.json")
 
 
-SIZE_KEYS = [*SIZES, "num_decoder_layers", "relative_attention_num_buckets"]
-
-
-@pytest.mark.parametrize("key", [*SIZE_KEYS, "relative_attention_max_distance"])
+@pytest.mark.parametrize("key", SIZE_KEYS)
 def test_a_size_that_is_none_is_refused(tmp_path, key):
     """Catches a crash deep inside torch, and a config that builds layers for hours."""
     write_bin(tmp_path, random_weights())
@@ -302,27 +295,24 @@ def test_a_folder_without_whole_weights_is_refused(tmp_path):
     assert "model.safetensors" in message and "parts" in message
 
 
-# A T5 weight, and the part of our name for it that the message holds.
-NAMES = {
-    "shared.weight": "embedding.weight",
-    "lm_head.weight": "lm_head.weight",
-    "encoder.final_layer_norm.weight": "encoder_norm.weight",
-    "decoder.block.2.layer.2.layer_norm.weight": "decoder.2.ff_norm.weight",
-    "encoder.block.1.layer.0.SelfAttention.k.weight": "encoder.1.self_attention",
-    "decoder.block.0.layer.1.EncDecAttention.v.weight": "decoder.0.cross_attention",
-    "encoder.block.1.layer.1.DenseReluDense.wi_0.weight": "encoder.1.feed_forward.wi_0.weight",
-}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_weight_missing_or_of_another_shape_is_refused_by_name(tmp_path, name):
+def test_a_weight_missing_or_of_another_shape_is_refused_by_name(tmp_path):
     """Catches a weight that stays random, is broadcast or cut, and a KeyError."""
-    weights = random_weights()
-    weight = weights.pop(name)
-    assert NAMES[name] in refusal(write_bin(tmp_path, weights), "pytorch_model.bin")
-    for other in (weight[:-1], torch.cat([weight, weight]), weight[None], weight.flatten()[0]):
-        write_bin(tmp_path, weights | {name: other.clone()})
-        assert NAMES[name] in refusal(tmp_path, "pytorch_model.bin")
+    names = {  # a T5 weight, and what the message holds of our name for it
+        "shared.weight": "embedding.weight",
+        "lm_head.weight": "lm_head.weight",
+        "encoder.final_layer_norm.weight": "encoder_norm.weight",
+        "decoder.block.2.layer.2.layer_norm.weight": "decoder.2.ff_norm.weight",
+        "encoder.block.1.layer.0.SelfAttention.k.weight": "encoder.1.self_attention",
+        "decoder.block.0.layer.1.EncDecAttention.v.weight": "decoder.0.cross_attention",
+        "encoder.block.1.layer.1.DenseReluDense.wi_0.weight": "encoder.1.feed_forward.wi_0",
+    }
+    for name, ours in names.items():
+        weights = random_weights()
+        weight = weights.pop(name)
+        assert ours in refusal(write_bin(tmp_path, weights), "pytorch_model.bin")
+        for other in (weight[:-1], torch.cat([weight, weight]), weight[None], weight.sum()):
+            write_bin(tmp_path, weights | {name: other.clone()})
+            assert ours in refusal(tmp_path, "pytorch_model.bin")
 
 
 def test_a_left_over_weight_is_refused(tmp_path):
@@ -335,13 +325,9 @@ def test_a_left_over_weight_is_refused(tmp_path):
         assert "Unexpected key" in refusal(tmp_path, "pytorch_model.bin")
 
 
-def test_a_config_of_another_kind_than_its_weights_is_refused(tmp_path):
-    """Catches v1.0's config.json beside v1.1's weights, and one that promises an output layer."""
-    config = V10 | {"num_decoder_layers": 3}
-    message = refusal(write_bin(tmp_path, random_weights(), config), "pytorch_model.bin")
-    assert "encoder.0.feed_forward.wi.weight" in message
-    config = V10 | {"tie_word_embeddings": False}
-    write_bin(tmp_path, random_weights(V10), config)
+def test_a_promised_output_layer_must_be_there(tmp_path):
+    """Catches a v1.1 checkpoint without its output layer that loads as tied."""
+    write_bin(tmp_path, random_weights(V10), V10 | {"tie_word_embeddings": False})
     assert "lm_head.weight" in refusal(tmp_path, "pytorch_model.bin")
 
 
