@@ -1,522 +1,565 @@
-"""Text in, batches out: the examples, the simulated nurse line, readers of files, the tokenizer, prompts and batches.
+"""Text in, batches out: examples, the simulated nurse line, file readers, tokenizer, prompts.
 
-The default data set is SIMULATED and is not medical advice. The paper's triage notes are private, so a generator stands
-in for them: every note is made from facts, the label follows from the facts by a rule (`triage_tier`), and because the
-facts can be read back from any text (`read_facts`), a rationale can be checked exactly. That is why it is the default.
+The default data are SIMULATED and are not medical advice. The paper's notes are private, so a
+generator stands in: it draws the facts of a call, a rule makes the label from the facts, and note
+and rationale are written from them. As facts can be read back, a rationale is checked exactly.
 """
 
 import csv
-import hashlib
+import functools
 import io
 import json
 import os
 import random
 import re
-from array import array
-from collections import Counter
+from collections import Counter, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
 import torch
 
 
+class InputError(ValueError):
+    """The input cannot be used. The message is one line: what, where, how to mend it."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))  # a name in it may hold a line end
+
+
 @dataclass(frozen=True)
 class Example:
-    """One question with its gold label and gold rationale."""
-
     question: str
     label: str
-    rationale: str
+    rationale: str  # may be empty in a user's data: then it is neither learned nor scored
 
 
-@dataclass(frozen=True)
+@dataclass
 class Dataset:
-    """The three splits, the labels in a fixed order, and the rationales that stage 1 learns from (train, val)."""
-
     train: list[Example]
     val: list[Example]
     test: list[Example]
     labels: list[str]
-    stage1_train: list[Example]
+    stage1_train: list[Example]  # the same notes with the rationales that stage 1 learns
     stage1_val: list[Example]
-    ceiling: list[str] | None = None  # triage only: the rule's label for each test note, the best any model can do
-
-    def sha256(self) -> str:
-        """A fingerprint of all examples: a run that is resumed must find the data it began with."""
-        return hashlib.sha256(repr((self.train, self.val, self.test, self.stage1_train)).encode()).hexdigest()
+    ceiling: list[Example]  # the rule's label and its rationale for each test note
+    ceiling_gold: list[Example]  # the gold label and its rationale; a user's data have neither
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The simulated nurse line. In every row of phrasings the last but one is held out of train (it is made of words that
-# train does show) and the last is the nurse's abbreviation. A fact is named by its first phrasing.
-
-DISPOSITIONS = ["home care", "see doctor within 3 days", "see doctor within 24 hours", "go to ED now", "call 911"]
-# Findings: a letter, the tier of the red flag (0: a reassuring cue), phrasings | what it can mean / for short.
-FINDING_TABLE = """
-A 4 pressure spreading to the left arm / heaviness spreading down the left arm / spreading pressure of the left arm / L arm pressure | a heart attack / MI
-B 4 one side of the face drooping / a drooping face on one side / face drooping on one side / facial droop | a stroke / CVA
-C 4 blue lips / lips turning blue / blue turning lips / cyanosis | lack of oxygen / hypoxia
-D 4 fainting with cold sweat / cold sweat and fainting / fainting and cold sweat / syncope | shock / shock
-E 4 a seizure lasting five minutes / five minutes of seizure / seizure of five minutes / prolonged sz | brain damage / status
-F 4 swelling of the tongue / a swollen tongue / tongue swelling / tongue edema | a closing airway / anaphylaxis
-G 3 a stiff neck with fever / fever and a stiff neck / stiff neck and fever / nuchal rigidity | meningitis / meningitis
-H 3 black tarry stools / stools black as tar / tarry black stools / melena | a bleeding ulcer / GIB
-I 3 coughing up blood / blood coughed up / blood when coughing / hemoptysis | a clot in the lung / PE
-J 3 repeated confusion / being confused again and again / repeated and confused again / AMS | a bleed in the skull / SDH
-K 3 passing hardly any urine / hardly any urine all day / all day hardly passing urine / oliguria | serious dehydration / dehydration
-L 3 a plan for self-harm / planning self-harm / self-harm plan / SI w plan | a risk to life / suicide risk
-M 2 burning when passing urine / urine that burns / burning urine / dysuria | a urinary infection / UTI
-N 2 green phlegm with chills / chills and green phlegm / chills with phlegm that is green / productive w chills | pneumonia / PNA
-O 2 blurred vision since the start / vision that is blurred / blurred vision / blurry vision | pressure on the brain / ICP
-P 2 ear pain at night / a painful ear at night / ear that is painful at night / otalgia | an ear infection / AOM
-Q 2 red streaks on the skin / skin with red streaks / red skin streaks / lymphangitis | a spreading infection / infxn
-R 2 a racing pulse at rest / a pulse that races while resting / a resting pulse that races / tachy | a rhythm problem / arrhythmia
-S 0 eating and drinking well / a good appetite / good appetite and drinking well / tol PO
-T 0 pain only when pressing the spot / a spot that hurts only when pressed / pain only with the spot pressed / reproducible
-U 0 the same pattern as earlier episodes / earlier episodes of this pattern / the same pattern as episodes earlier / known pattern
-V 0 slow improvement since yesterday / slowly improving since yesterday / improving since yesterday / improving
-"""
-# Complaints: phrasings | self-care advice | the findings that callers with it mention, the reassuring cue last.
-COMPLAINT_TABLE = """
-chest pain / pain in the chest / chest that is in pain / CP | rest and an antacid | A D I R T
-a headache / an aching head / a head that is aching / HA | fluids and a dark room | B G J O U
-abdominal pain / belly pain / pain in the belly / abd pain | small meals and rest | D H K M T
-a fever / a high temperature / a temperature that is high / febrile | fluids and light clothing | E G N P S
-a cough / a lingering cough / a cough that is lingering / cough sx | honey and warm drinks | C I N P S
-shortness of breath / trouble breathing / trouble and shortness of breath / SOB | an inhaler as prescribed | C F I R V
-dizziness / a dizzy spell / a spell of dizziness / dizzy | standing up slowly | B D H O U
-vomiting / throwing up / repeated vomiting / emesis | small sips of fluids | D H K R S
-back pain / an aching back / pain in the back / LBP | heat and gentle walking | A D H M T
-a rash / spots on the skin / skin spots / rash noted | a cool compress | F G P Q V
-a head injury / a blow to the head / an injury of the head / head inj | a cold pack and rest | B E J O V
-a nosebleed / a bleeding nose / a nose that is bleeding / epistaxis | pinching the nose | D H J R V
-a sore throat / a painful throat / a throat that is sore / ST | warm salt water | C F K P S
-an eye problem / an irritated eye / an eye that is irritated / eye c/o | lubricating drops | B G O Q V
-leg pain / a painful leg / pain in the leg / leg pn | raising the leg | C I Q R T
-a urinary problem / trouble passing urine / a problem passing urine / GU c/o | plenty of water | D J K M S
-diarrhea / loose stools / stools being loose / loose BM | fluids with salt and sugar | D H K R S
-a wound / a cut in the skin / a wound in the skin / lac | soap and a clean bandage | D E J Q T
-soreness from a fall / aches from a fall / soreness and aches from a fall / GLF | ice and rest | B E J O T
-an allergic reaction / an allergy / a reaction of allergy / allergic rxn | an antihistamine | C F J R U
-high blood sugar / sugar readings above normal / blood sugar above normal / BG high | the usual insulin | E J K O S
-anxiety / an anxious feeling / a feeling of anxiety / anx | slow breathing and a walk | A D L R U
-"""
-OTHER_FACTS = """
-older age / elderly
-very young age / infant
-a current pregnancy / expecting a baby / a pregnancy and expecting a baby / preg
-a weak immune system / chemotherapy / a weak immune system from chemotherapy / immunosupp
-a blood thinner / warfarin tablets / blood thinner tablets / on AC
-mild / slight / slight and mild / mild
-moderate / medium / medium to moderate / mod
-severe / very strong / strong and severe / sev
-over a week / >1wk
-"""
-DISTRACTORS = (
-    "Also works night shifts / Has a dog / Moved house last month / Asks about opening hours / Had a flu shot last year / "
-    "Calls from the car / Lives with two flatmates / Has insurance through work / Wants a call back at noon / "
-    "Mentions a brother with diabetes / Also plays chess / Came back from a holiday / Is between two jobs"
-).split(" / ")
-# What a rationale says to argue for each disposition, without naming it: LLM | nurse | the nurse's, post-processed.
-IMPLIED = [
-    "Managing this without a visit should be enough | self-care adv | Advised to look after this alone",
-    "An office visit this week is soon enough | appt this wk | An appointment this week",
-    "A doctor should look at this today or tomorrow | appt <24h | An appointment within a day",
-    "Emergency care is needed without waiting | ED | Sent to the emergency department",
-    "An ambulance is needed at once | EMS | An ambulance was sent",
-]
-TRIAGE_SIZES = {"train": 20000, "val": 500, "test": 1000}
-AGE_LIMIT, LONG_DAYS, OVERRIDE_RATE = 75, 7, 0.02  # years from which age matters; days after which duration matters
-
-
-class Complaint(NamedTuple):
-    advice: str
-    flags: list[str]  # the red flags that callers with it mention
-    cue: str  # the reassuring one
-
-
-def parse_table(table: str) -> list[list[list[str]]]:
-    """Rows of fields (between |) of alternatives (between /)."""
-    return [[field.split(" / ") for field in line.split(" | ")] for line in table.strip().split("\n")]
-
-
-PHRASES: dict[str, list[str]] = {}  # fact: its phrasings, the last but one held out, the last an abbreviation
-RED_FLAGS: dict[str, int] = {}  # red flag: its tier
-REASONS: dict[str, list[str]] = {}  # red flag: what it can mean, and that for short
-TRIAGE: dict[str, Complaint] = {}
-LETTERS: dict[str, str] = {}  # letter in the tables: finding
-for (first, *others), *reason in parse_table(FINDING_TABLE):
-    letter, tier, name = first.split(" ", 2)
-    PHRASES[name], LETTERS[letter] = [name, *others], name
-    if reason:
-        RED_FLAGS[name], REASONS[name] = int(tier), reason[0]
-for says, (advice,), (letters,) in parse_table(COMPLAINT_TABLE):
-    *flags, cue = (LETTERS[letter] for letter in letters.split())
-    PHRASES[says[0]], TRIAGE[says[0]] = says, Complaint(advice, flags, cue)
-PHRASES |= {says[0]: says for (says,) in parse_table(OTHER_FACTS)}
-CUES = {complaint.cue for complaint in TRIAGE.values()}
-SEVERITY = {"mild": 0, "moderate": 1, "severe": 2}
-MODIFIERS = ["older age", "very young age", "a current pregnancy", "a weak immune system", "a blood thinner"]
-ARTICLE = re.compile("^(a|an|the) ")
-FACT_OF = {ARTICLE.sub("", says.lower()): fact for fact, row in PHRASES.items() for says in row}
-FACT_PATTERN = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, sorted(FACT_OF, key=len, reverse=True)))})(?!\w)")
-ENDING_OF = {text.lower(): i for i, row in enumerate(IMPLIED) for text in (DISPOSITIONS[i], *row.split(" | "))}
-ENDING_PATTERN = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, sorted(ENDING_OF, key=len, reverse=True)))})(?!\w)")
-NEGATION = re.compile(r"\b(denies|free of)\b")
+# ---- The simulated nurse line: words. A fact is named by its usual wording; `other` is another
+# wording, `short` the nurse's, `group` a row of GROUPS, `cue` what reassures, `reason` what a red
+# flag can mean, `suspect` the same for the nurse.
+Complaint = namedtuple("Complaint", ["other", "short", "group", "cue"])
+RedFlag = namedtuple("RedFlag", ["tier", "other", "short", "reason", "suspect"])
+COMPLAINTS = {
+    "chest pain": Complaint("pain in the chest", "CP", "heart", "pain only on pressure"),
+    "a headache": Complaint("an aching head", "HA", "head", "a known pattern"),
+    "abdominal pain": Complaint("belly pain", "abd pain", "belly", "pain only on pressure"),
+    "a fever": Complaint("a high temperature", "febrile", "fever", "a good appetite"),
+    "a cough": Complaint("a lingering cough", "cough sx", "lungs", "a good appetite"),
+    "shortness of breath": Complaint("trouble breathing", "SOB", "lungs", "slow improvement"),
+    "dizziness": Complaint("a dizzy spell", "dizzy", "head", "a known pattern"),
+    "vomiting": Complaint("throwing up", "emesis", "belly", "a good appetite"),
+    "back pain": Complaint("an aching back", "LBP", "heart", "pain only on pressure"),
+    "a rash": Complaint("spots on the skin", "rash noted", "skin", "slow improvement"),
+    "a head injury": Complaint("a blow to the head", "head inj", "head", "slow improvement"),
+    "a nosebleed": Complaint("a bleeding nose", "epistaxis", "heart", "slow improvement"),
+    "a sore throat": Complaint("a painful throat", "ST", "lungs", "a good appetite"),
+    "an eye problem": Complaint("an irritated eye", "eye c/o", "head", "slow improvement"),
+    "leg pain": Complaint("a painful leg", "leg pn", "limbs", "pain only on pressure"),
+    "a urinary problem": Complaint("trouble passing urine", "GU c/o", "belly", "a good appetite"),
+    "diarrhea": Complaint("loose stools", "loose BM", "belly", "a good appetite"),
+    "a wound": Complaint("a cut in the skin", "lac", "skin", "pain only on pressure"),
+    "soreness from a fall": Complaint("aches from a fall", "GLF", "limbs", "pain only on pressure"),
+    "an allergic reaction": Complaint("an allergy", "allergic rxn", "skin", "a known pattern"),
+    "high blood sugar": Complaint("sugar above normal", "BG high", "belly", "a good appetite"),
+    "anxiety": Complaint("an anxious feeling", "anx", "mind", "a known pattern"),
+}
+GROUPS = {  # the red flags that callers of a group of complaints mention, the worst first
+    "heart": ["left-arm pressure", "sudden fainting", "coughing up blood", "a racing pulse"],
+    "head": ["a drooping face", "a stiff neck", "repeated confusion", "blurred vision"],
+    "lungs": ["blue lips", "a swollen tongue", "coughing up blood", "ear pain at night"],
+    "fever": ["a long seizure", "a stiff neck", "green phlegm", "ear pain at night"],
+    "belly": ["sudden fainting", "black tarry stools", "hardly any urine", "burning urine"],
+    "skin": ["blue lips", "a swollen tongue", "a stiff neck", "red skin streaks"],
+    "limbs": ["a long seizure", "coughing up blood", "red skin streaks", "a racing pulse"],
+    "mind": ["left-arm pressure", "plans of self-harm", "a racing pulse"],
+}
+RED_FLAGS = {
+    "left-arm pressure": RedFlag(4, "a heavy left arm", "L arm sx", "a heart attack", "MI"),
+    "a drooping face": RedFlag(4, "a face hanging on one side", "facial droop", "a stroke", "CVA"),
+    "blue lips": RedFlag(4, "lips turning blue", "cyanosis", "lack of oxygen", "hypoxia"),
+    "sudden fainting": RedFlag(4, "fainting with cold sweat", "syncope", "shock", "shock"),
+    "a long seizure": RedFlag(4, "minutes of seizure", "prolonged sz", "brain damage", "status"),
+    "a swollen tongue": RedFlag(4, "a thick tongue", "tongue edema", "a closing airway", "angio"),
+    "a stiff neck": RedFlag(3, "a neck that is stiff", "nuchal rig", "meningitis", "meningitis"),
+    "black tarry stools": RedFlag(3, "stools like tar", "melena", "a bleeding ulcer", "GIB"),
+    "coughing up blood": RedFlag(3, "bloody sputum", "hemoptysis", "a clot in the lung", "PE"),
+    "repeated confusion": RedFlag(3, "being confused", "AMS", "a bleed in the skull", "SDH"),
+    "hardly any urine": RedFlag(3, "almost no urine", "oliguria", "dehydration", "dehydration"),
+    "plans of self-harm": RedFlag(3, "planning self-harm", "SI w plan", "a risk to life", "risk"),
+    "burning urine": RedFlag(2, "urine that burns", "dysuria", "a urinary infection", "UTI"),
+    "green phlegm": RedFlag(2, "phlegm that is green", "productive", "pneumonia", "PNA"),
+    "blurred vision": RedFlag(2, "seeing a blur", "blurry vision", "pressure on the brain", "ICP"),
+    "ear pain at night": RedFlag(2, "a painful ear", "otalgia", "an ear infection", "AOM"),
+    "red skin streaks": RedFlag(2, "streaks on the skin", "red lines", "blood poisoning", "infxn"),
+    "a racing pulse": RedFlag(2, "a pulse that races", "tachy", "a rhythm problem", "arrhythmia"),
+}
+PHRASES = {  # the wordings of every fact: the usual one first, the nurse's last
+    "mild": ["mild", "slight", "mild"],
+    "moderate": ["moderate", "medium", "mod"],
+    "severe": ["severe", "very strong", "sev"],
+    "over a week": ["over a week", ">1wk"],
+    "a good appetite": ["a good appetite", "eating and drinking well", "tol PO"],
+    "pain only on pressure": ["pain only on pressure", "a tender spot", "reproducible"],
+    "a known pattern": ["a known pattern", "episodes like it before", "hx of same"],
+    "slow improvement": ["slow improvement", "feeling better since yesterday", "improving"],
+    "older age": ["older age", "elderly"],
+    "very young age": ["very young age", "infant"],
+    "a pregnancy": ["a pregnancy", "expecting a baby", "preg"],
+    "a weak immune system": ["a weak immune system", "chemotherapy", "immunosupp"],
+    "a blood thinner": ["a blood thinner", "warfarin tablets", "on AC"],
+}
+IMPLIED = {  # what a rationale says instead of a label's name; the nurse's last
+    "home care": ["no visit should be needed for this", "self-care adv"],
+    "see doctor within 3 days": ["an office visit this week is soon enough", "appt this wk"],
+    "see doctor within 24 hours": ["a doctor should look at this by tomorrow", "appt <24h"],
+    "go to ED now": ["emergency care is needed without waiting", "ED"],
+    "call 911": ["an ambulance is needed at once", "EMS"],
+}
+for name, row in (COMPLAINTS | RED_FLAGS).items():
+    PHRASES[name] = [name, row.other, row.short]
+CUES = ["a good appetite", "pain only on pressure", "a known pattern", "slow improvement"]
+AGES = ["older age", "very young age"]
+MODIFIERS = [*AGES, "a pregnancy", "a weak immune system", "a blood thinner"]
+DISTRACTORS = ["has a dog", "works nights", "plays chess", "moved house", "asks about a flu shot"]
+DISPOSITIONS = list(IMPLIED)  # tiers 0 to 4
+ENDINGS = {  # how the rationales of a voice end, in shares
+    "llm": {"named": 0.75, "implied": 0.25},
+    "nurse": {"left out": 0.4, "implied": 0.36, "named": 0.24},
+    "post": {"implied": 0.6, "named": 0.4},
+}
+OLD_YEARS, LONG_DAYS = 75, 7
 
 
-def read_facts(text: str) -> set[str]:
-    """The facts that a note or a rationale states, as names; "no NAME" where the sentence denies them.
+@dataclass(frozen=True)
+class Call:
+    """The facts of one call. Label, note and rationales are made from them."""
 
-    Exact for generated text: longest phrasing first; a negation holds for the rest of its sentence.
-    """
-    facts = set()
-    for sentence in re.split(r"[.;]\s*", text.lower()):
-        negation = NEGATION.search(sentence)
-        for match in FACT_PATTERN.finditer(sentence):
-            denied = negation is not None and negation.end() <= match.start()
-            facts.add("no " * denied + FACT_OF[match[1]])
-        for number, unit in re.findall(r"(\d+)[- ](month|year|day|week)", sentence):
-            days = int(number) * {"day": 1, "week": 7}.get(unit, 0)
-            facts |= {"over a week"} if days > LONG_DAYS else set()
-            facts |= {"very young age"} if unit == "month" else set()
-            facts |= {"older age"} if unit == "year" and int(number) >= AGE_LIMIT else set()
-    return facts
+    complaint: str
+    severity: str
+    days: int
+    person: str  # "a woman of 58 years"
+    flags: list[str]  # the red flags, the worst first
+    denied: list[str]  # red flags that the caller denies; of this and the rest one or none
+    cues: list[str]
+    modifiers: list[str]
+    distractors: list[str]
+
+    def facts(self) -> set[str]:
+        facts = {self.complaint, self.severity, *self.flags, *self.cues, *self.modifiers}
+        facts.update(f"no {flag}" for flag in self.denied)
+        return facts | {"over a week"} if self.days > LONG_DAYS else facts
 
 
 def triage_tier(facts: set[str]) -> int:
-    """The rule of the simulated line: facts -> tier 0..4, an index into DISPOSITIONS. A fact denied does not count.
+    """The rule: facts -> tier, an index into DISPOSITIONS. A denied fact ("no ...") never counts.
 
-    1. Severity gives the base (mild 0, moderate 1, severe 2); more than a week makes it at least 1.
+    1. Severity gives the base (mild 0, moderate 1, severe 2); over a week makes it at least 1.
     2. A red flag raises the tier to its own. Only without one, a reassuring cue lowers it by one.
     3. A modifier (age, pregnancy, ...) raises it by one, up to the emergency department.
     """
-    tier = max((SEVERITY[fact] for fact in facts & SEVERITY.keys()), default=0)
-    tier = max(tier, "over a week" in facts)
-    if flags := facts & RED_FLAGS.keys():
-        tier = max(tier, *(RED_FLAGS[flag] for flag in flags))
-    elif facts & CUES:
-        tier = max(tier - 1, 0)
-    if facts.intersection(MODIFIERS):
-        tier = max(tier, min(tier + 1, 3))
+    tier = 0
+    if "severe" in facts:
+        tier = 2
+    elif "moderate" in facts or "over a week" in facts:
+        tier = 1
+    flags = facts & RED_FLAGS.keys()
+    for flag in flags:
+        tier = max(tier, RED_FLAGS[flag].tier)
+    if tier > 0 and not flags and not facts.isdisjoint(CUES):
+        tier -= 1
+    if tier < 3 and not facts.isdisjoint(MODIFIERS):
+        tier += 1
     return tier
 
 
-def write_note(rng: random.Random, heldout: bool) -> str:
-    """One simulated call. With `heldout`, a tenth of its phrasings and frames are ones that train never has."""
+def draw_call(rng: random.Random) -> Call:
+    """One call, with red flags and a cue that fit its complaint."""
 
-    def pick(options: list[str], unseen: list[str]) -> str:
-        return rng.choice(unseen if unseen and heldout and rng.random() < 0.1 else options)
+    def maybe(share: float, options: list[str]) -> list[str]:
+        return [rng.choice(options)] if rng.random() < share else []
+
+    complaint = rng.choice(list(COMPLAINTS))
+    group = GROUPS[COMPLAINTS[complaint].group]
+    weights = [6 - RED_FLAGS[flag].tier for flag in group]  # the worse, the rarer
+    drawn = rng.choices(group, weights, k=rng.choices([0, 1, 2], [48, 40, 12])[0])
+    flags = [flag for flag in group if flag in drawn]
+    denied = maybe(0.15, [flag for flag in group if flag not in drawn])
+    severity = rng.choices(["mild", "moderate", "severe"], [46, 36, 18])[0]
+    days = rng.randint(2, LONG_DAYS) if rng.random() < 0.75 else rng.randint(LONG_DAYS + 1, 20)
+    modifiers = maybe(0.3, MODIFIERS)
+    sex = rng.choice(["woman", "man"])
+    person = f"a {sex} of {rng.randint(18, OLD_YEARS - 1)} years"
+    if "older age" in modifiers:
+        person = f"a {sex} of {rng.randint(OLD_YEARS, 99)} years"
+    elif "a pregnancy" in modifiers:
+        person = f"a woman of {rng.randint(18, 44)} years"
+    elif "very young age" in modifiers and complaint == "anxiety":
+        modifiers = []  # babies have none
+    elif "very young age" in modifiers:
+        person = f"a baby of {rng.randint(2, 11)} months"
+    cues = maybe(0.3, [COMPLAINTS[complaint].cue])
+    distractors = maybe(0.5, DISTRACTORS)
+    return Call(complaint, severity, days, person, flags, denied, cues, modifiers, distractors)
+
+
+def sentences(parts: list[str]) -> str:
+    return " ".join(part[0].upper() + part[1:] + "." for part in parts)
+
+
+def write_note(call: Call, rng: random.Random) -> str:
+    """Who, what and for how long; then the other facts in any order."""
 
     def say(fact: str) -> str:
-        *options, unseen, _ = PHRASES[fact]
-        return pick(options or [fact], [unseen] if options else [])
+        return rng.choice(PHRASES[fact][:-1])
 
-    complaint_name = rng.choice(list(TRIAGE))
-    complaint = TRIAGE[complaint_name]
-    modifiers = rng.sample(MODIFIERS, rng.random() < 0.3)
-    if complaint_name == "anxiety":  # no infant makes plans
-        modifiers = [modifier for modifier in modifiers if modifier != "very young age"]
-    age, unit, sex = rng.randint(18, AGE_LIMIT - 1), "year", rng.choice(["woman", "man"])
-    if "a current pregnancy" in modifiers:
-        age, sex = rng.randint(18, 44), "woman"
-    elif "older age" in modifiers:
-        age = rng.randint(AGE_LIMIT, 99)
-    elif "very young age" in modifiers:
-        age, unit, sex = rng.randint(2, 11), "month", {"woman": "girl", "man": "boy"}[sex]
-    days = rng.randint(2, LONG_DAYS) if rng.random() < 0.75 else rng.randint(LONG_DAYS + 1, 20)
-    call = {"what": say(complaint_name), "time": f"{days // 7} weeks" if days in (14, 21) else f"{days} days"}
-    call["who"] = f"{'an' if age in (8, 11, 18) or 80 <= age < 90 else 'a'} {age}-{unit}-old {sex}"
-    openings = [
-        "{who} with {what} for {time}.",
-        "Caller reports {what} for {time} in {who}.",
-        "For {time}, {who} has {what}.",
-    ]
-    opening = pick(openings, ["For {time}, {what} in {who}."]).format(**call)
-
-    tiers = [(0, 0, 45, 35, 20)[RED_FLAGS[flag]] for flag in complaint.flags]
-    present = {rng.choices(complaint.flags, tiers)[0]: None for _ in range(rng.choices([0, 1, 2], [48, 40, 12])[0])}
-    absent = [flag for flag in complaint.flags if flag not in present]
-    severity = rng.choices(list(SEVERITY), [46, 36, 18])[0]
-    rest = [pick(["It is {}.", "Caller calls it {}."], ["Calls it {}."]).format(say(severity))]
-    for flag in present:
-        rest.append(pick(["Reports {}.", "Describes {}."], ["Also reports {}."]).format(say(flag)))
-    for flag in rng.sample(absent, rng.random() < 0.15):
-        rest.append(pick(["Denies {}.", "Is free of {}."], ["Also denies {}."]).format(say(flag)))
-    if rng.random() < 0.3:
-        rest.append(pick(["Mentions {}.", "Notes {}."], ["Also notes {}."]).format(say(complaint.cue)))
-    rest += [f"Background of {say(modifier)}." for modifier in modifiers if "age" not in modifier]
-    rest += [f"{rng.choice(DISTRACTORS)}."] * rng.randint(0, 1)
+    who, what, time = call.person, say(call.complaint), f"for {call.days} days"
+    report = f"caller reports {what} {time} in {who}"
+    opening = rng.choice([f"{who} with {what} {time}", f"{time}, {who} has {what}", report])
+    rest = [f"{rng.choice(['it is', 'caller calls it'])} {say(call.severity)}", *call.distractors]
+    for flag in call.flags:
+        rest.append(f"{rng.choice(['reports', 'describes'])} {say(flag)}")
+    for flag in call.denied:
+        rest.append(f"{rng.choice(['denies', 'is free of'])} {say(flag)}")
+    for cue in call.cues:
+        rest.append(f"{rng.choice(['mentions', 'notes'])} {say(cue)}")
+    for modifier in call.modifiers:
+        if modifier not in AGES:  # the opening tells the age
+            rest.append(f"background of {say(modifier)}")
     rng.shuffle(rest)
-    return " ".join([opening[0].upper() + opening[1:], *rest])
+    return sentences([opening, *rest])
 
 
-def write_rationale(facts: set[str], tier: int, source: str, rng: random.Random) -> str:
-    """Why a call with these facts gets this tier, in the voice of a source: `llm`, `nurse` or `post`.
-
-    The steps are those of `triage_tier`: the worst red flag, or else the severity, the duration and the cue; then the
-    modifier; then the disposition, named or implied. The nurse abbreviates and sometimes leaves the end out, where what
-    is left still argues for the tier.
-    """
-    say = {fact: row[-1] if source == "nurse" else row[0] for fact, row in PHRASES.items()}
-    (name,) = facts & TRIAGE.keys()
-    complaint = TRIAGE[name]
-    flag = max((f for f in complaint.flags if f in facts), key=RED_FLAGS.get, default=None)
-    denied = [f for f in complaint.flags if f"no {f}" in facts][:1]
-    severity = next(fact for fact in SEVERITY if fact in facts)
-    cue = flag is None and complaint.cue in facts
-    risks = [say[fact] for fact in MODIFIERS if fact in facts]
-    override = (tier > triage_tier(facts)) - (tier < triage_tier(facts))  # the nurse went up (1) or down (-1)
-    label, implied = DISPOSITIONS[tier], IMPLIED[tier].split(" | ")
-    if source == "llm":
-        if flag:
-            steps = [f"{flag} can mean {REASONS[flag][0]}"]
-        else:
-            long = " for over a week" if "over a week" in facts else ""
-            tail = f", and the caller denies {denied[0]}" if denied else ""
-            steps = [f"The {ARTICLE.sub('', name)} is {severity}{long}{tail}"]
-        steps += [f"{complaint.cue} is reassuring"] * cue + [f"{risk} raises the risk" for risk in risks]
-        steps += [f"clinical judgement is {'more' if override > 0 else 'less'} cautious here"] if override else []
-        end = implied[0] if rng.random() < 0.25 else f"The safe choice is {'to ' * (tier > 0)}{label}"
-        steps.append(end + f" with {complaint.advice}" * (tier == 0))
+# ---- The simulated nurse line: a rationale in three voices. `wording` 0 is the usual one, -1 the
+# nurse's. If the tier is not the rule's, the nurse had reasons that the note does not hold.
+def llm_rationale(call: Call, tier: int, ending: str) -> str:
+    """Sentences with a reason for each step of the rule."""
+    if call.flags:
+        steps = [f"{call.flags[0]} can mean {RED_FLAGS[call.flags[0]].reason}"]
     else:
-        nurse = source == "nurse"
-        first = [say[name], say[severity]] + [say["over a week"]] * ("over a week" in facts)
-        if flag:
-            short, reason = REASONS[flag][1], ARTICLE.sub("", REASONS[flag][0])
-            first.append(f"r/o {short}" if nurse else f"possible {reason}")
-        steps = [", ".join(first)] + ([say[flag]] if flag else [])
-        steps += [f"denies {say[f]}" for f in denied] + [say[complaint.cue]] * cue + risks
-        steps += [f"{'up' if override > 0 else 'down'} one level {'per RN' if nurse else 'on judgement'}"] * abs(
-            override
-        )
-        end = label if rng.random() < 0.4 else implied[1 if nurse else 2]
-        if not nurse or rng.random() < 0.6 or argues_for(". ".join(steps)) != label:
-            steps.append(end)
-    return ". ".join(step[0].upper() + step[1:] for step in steps) + "."
+        long = " for over a week" if call.days > LONG_DAYS else ""
+        steps = [f"{call.complaint} is {call.severity}{long}"]
+        steps += [f"the caller denies {flag}" for flag in call.denied]
+        steps += [f"{cue} is reassuring" for cue in call.cues]
+    steps += [f"{modifier} raises the risk" for modifier in call.modifiers]
+    return sentences(steps + closing(call, tier, ending, wording=0))
 
 
-def argues_for(rationale: str) -> str | None:
-    """The disposition that a rationale argues for: the one it names or implies, or else what `triage_tier` makes of the
-    facts it states. None where it argues for two, or states nothing."""
-    text = rationale.lower()
-    tiers = {ENDING_OF[match] for match in ENDING_PATTERN.findall(text)}
-    if not tiers and (facts := read_facts(rationale)):
-        tiers = {triage_tier(facts)}
-    return DISPOSITIONS[tiers.pop()] if len(tiers) == 1 else None
+def nurse_rationale(call: Call, tier: int, ending: str) -> str:
+    """Abbreviations, and often no label at the end, where the facts argue for it."""
+    suspected = [f"r/o {RED_FLAGS[flag].suspect}" for flag in call.flags[:1]]
+    return sentences(stated(call, suspected, wording=-1) + closing(call, tier, ending, wording=-1))
 
 
-def ungrounded(rationale: str, question: str) -> set[str]:
-    """The facts that a rationale states and its question does not. Empty: the rationale is grounded."""
-    return read_facts(rationale) - read_facts(question)
+def post_rationale(call: Call, tier: int, ending: str) -> str:
+    """The nurse's rationale in whole words."""
+    suspected = [f"possibly {RED_FLAGS[flag].reason}" for flag in call.flags[:1]]
+    return sentences(stated(call, suspected, wording=0) + closing(call, tier, ending, wording=0))
 
 
-def simulate(n: dict[str, int], seed: int, source: str, stage1_source: str) -> Dataset:
-    """The simulated nurse line: `n` examples of each split. Notes and labels do not depend on the rationale sources."""
-    splits, ceiling = {}, []
-    for split, size in n.items():
-        rng = random.Random(f"{seed} {split}")  # a string seed: the same on every machine and run
-        for i in range(size):
-            note = write_note(rng, heldout=split != "train")
-            facts = read_facts(note)
-            rule = tier = triage_tier(facts)
-            if rng.random() < OVERRIDE_RATE:  # the nurse decides one level up or down
-                tier = rng.choice([t for t in (tier - 1, tier + 1) if 0 <= t <= 4])
-            ceiling += [DISPOSITIONS[rule]] * (split == "test")
-            for voice in {source, stage1_source}:
-                rationale = write_rationale(facts, tier, voice, random.Random(f"{seed} {split} {i} {voice}"))
-                splits.setdefault((split, voice), []).append(Example(note, DISPOSITIONS[tier], rationale))
-    train, val, test = (splits[split, source] for split in n)
-    return Dataset(
-        train, val, test, DISPOSITIONS, splits["train", stage1_source], splits["val", stage1_source], ceiling
-    )
+def stated(call: Call, suspected: list[str], wording: int) -> list[str]:
+    """The facts that decide, in a nurse's order."""
+    opening = [PHRASES[call.complaint][wording], PHRASES[call.severity][wording], *suspected]
+    if call.days > LONG_DAYS:
+        opening.insert(2, PHRASES["over a week"][wording])
+    facts = call.flags[:1] + call.modifiers if call.flags else call.cues + call.modifiers
+    denied = [f"denies {PHRASES[flag][wording]}" for flag in call.denied]
+    return [", ".join(opening), *denied, *(PHRASES[fact][wording] for fact in facts)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: JSONL, CSV, PubMedQA, BioASQ. The format is told by the content; every error names the place and the remedy.
+def closing(call: Call, tier: int, ending: str, wording: int) -> list[str]:
+    """Any override of the rule, and the label: named, implied or left out."""
+    label = DISPOSITIONS[tier]
+    advice = "the advice is: " if wording == 0 else ""
+    rule = triage_tier(call.facts())
+    steps = []
+    if tier != rule:
+        steps.append(f"one level {'up' if tier > rule else 'down'} on judgement")
+    if ending == "named":
+        steps.append(advice + label)
+    elif ending == "implied" or tier != rule:  # left out, the facts would argue for the rule
+        steps.append(advice + IMPLIED[label][wording])
+    return steps
 
-COLUMNS = ("question", "label", "rationale")
+
+VOICES = {"llm": llm_rationale, "nurse": nurse_rationale, "post": post_rationale}
 
 
-class InputError(ValueError):
-    """What the user gave cannot be used. The message is one line: what, where, how to mend it."""
+def draw_cases(n: int, override: float, seed: str) -> list[tuple[Call, str, int]]:
+    """`n` calls, each with its note and the tier that the nurse decides on."""
+    rng = random.Random(seed)  # seeded by a string: the same calls on every machine
+    cases = []
+    for _ in range(n):
+        call = draw_call(rng)
+        note = write_note(call, rng)
+        rule = triage_tier(call.facts())
+        neighbour = rng.choice([tier for tier in (rule - 1, rule + 1) if 0 <= tier <= 4])
+        cases.append((call, note, neighbour if rng.random() < override else rule))
+    return cases
 
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))  # a key or a label in it may hold a line end
+
+def explain(cases: list, voice: str, endings: dict[str, float], seed: str) -> list[Example]:
+    """The cases as examples, with rationales in one voice whose endings have these shares."""
+    rng = random.Random(seed)
+    examples = []
+    for call, note, tier in cases:
+        ending = rng.choices(list(endings), endings.values())[0]
+        rationale = VOICES[voice](call, tier, ending)
+        examples.append(Example(note, DISPOSITIONS[tier], rationale))
+    return examples
 
 
-def need(condition: object, message: str) -> None:
-    if not condition:
-        raise InputError(message)
+def simulate(
+    sizes: dict[str, int], override: float, seed: int, rationales: str, stage1_rationales: str
+) -> Dataset:
+    """The simulated nurse line; `sizes` of train, val and test.
+
+    In a share `override` of the calls the nurse decides one level above or below the rule, for
+    reasons that the note does not hold. Notes and labels do not depend on the voices.
+    """
+    cases = {}
+    for split, size in sizes.items():
+        cases[split] = draw_cases(size, override, f"{seed} {split}")
+
+    def explained(split: str, voice: str) -> list[Example]:
+        return explain(cases[split], voice, ENDINGS[voice], f"{seed} {split} {voice}")
+
+    train, val, test = [explained(split, rationales) for split in sizes]
+    stage1_train, stage1_val = train, val
+    if stage1_rationales != rationales:
+        stage1_train = explained("train", stage1_rationales)
+        stage1_val = explained("val", stage1_rationales)
+    # The reference explainer knows the rule and always ends in the likelier way.
+    likelier = {max(ENDINGS[rationales], key=ENDINGS[rationales].get): 1}
+    by_rule = [(call, note, triage_tier(call.facts())) for call, note, _ in cases["test"]]
+    ceiling = explain(by_rule, rationales, likelier, "")
+    ceiling_gold = explain(cases["test"], rationales, likelier, "")
+    return Dataset(train, val, test, DISPOSITIONS, stage1_train, stage1_val, ceiling, ceiling_gold)
+
+
+# ---- The simulated nurse line: reading facts back, for checking a rationale.
+FACT_OF = {}  # wording in lower case, without its article: fact or label
+for name, wordings in (PHRASES | IMPLIED).items():
+    for wording in [name, *wordings]:
+        FACT_OF[re.sub("^(a|an) ", "", wording.lower())] = name
+ANY_FACT = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, FACT_OF))})(?!\w)")
+
+
+def read_facts(text: str) -> set[str]:
+    """The facts and dispositions that a text states; "no ..." for what its sentence denies."""
+    facts = set()
+    for sentence in re.split("[.;]", text.lower()):
+        stated, *denied = re.split("denies|free of", sentence, maxsplit=1)
+        for wording in ANY_FACT.findall(stated):
+            facts.add(FACT_OF[wording])
+        for wording in ANY_FACT.findall("".join(denied)):
+            facts.add(f"no {FACT_OF[wording]}")
+        for number, unit in re.findall(r"(\d+) (day|month|year)", sentence):
+            if unit == "day" and int(number) > LONG_DAYS:
+                facts.add("over a week")
+            elif unit == "month":
+                facts.add("very young age")
+            elif unit == "year" and int(number) >= OLD_YEARS:
+                facts.add("older age")
+    return facts
+
+
+def argues_for(text: str) -> str | None:
+    """The disposition that a rationale names or implies, or else the rule's for its facts.
+
+    None where it argues for several, or states nothing.
+    """
+    facts = read_facts(text)
+    labels = facts.intersection(DISPOSITIONS)
+    if facts and not labels:
+        labels = {DISPOSITIONS[triage_tier(facts)]}
+    return labels.pop() if len(labels) == 1 else None
+
+
+def ungrounded(text: str, question: str) -> list[str]:
+    """The facts that a rationale states and its question does not."""
+    return sorted(read_facts(text) - read_facts(question) - set(DISPOSITIONS))
+
+
+# ---- Files: every fault in them is an InputError that names the place.
+COLUMNS = ["question", "label", "rationale"]
 
 
 def make_example(record: object, where: str) -> Example:
-    """A record with the three columns -> Example. The rationale may be empty (it is then never trained on or scored).
-
-    Raises InputError if the record is no object, a column is missing, a value is no string, or question or label is empty.
-    """
-    need(isinstance(record, dict), f"{where}: expected an object; each record needs {', '.join(COLUMNS)}")
+    """A record with the three columns -> Example. Only the rationale may be empty."""
+    texts = []
     for column in COLUMNS:
-        need(column in record, f"{where}: no '{column}'; each record needs {', '.join(COLUMNS)}")
-        text, kind = record[column], type(record[column]).__name__
-        need(isinstance(text, str), f"{where}: '{column}' must be text, found {kind}; write it in quotes")
-        halves = any("\ud800" <= char <= "\udfff" for char in text)
-        need(not halves, f"{where}: '{column}' holds half a character (a lone surrogate); delete it")
-        filled = column == "rationale" or text.strip()
-        need(filled, f"{where}: '{column}' is empty; fill it in or delete the record")
-    return Example(*(record[column].strip() for column in COLUMNS))
-
-
-def pubmedqa_record(record: dict, where: str) -> Example:
-    """PubMedQA (Jin et al. 2019): question and abstract -> yes, no or maybe; the long answer is the rationale."""
-    unchanged = "this reader takes PubMedQA's ori_pqal.json unchanged"
-    need(isinstance(record, dict), f"{where}: expected an object; {unchanged}")
-    for key in ("QUESTION", "CONTEXTS", "final_decision", "LONG_ANSWER"):
-        need(key in record, f"{where}: no '{key}'; {unchanged}")
-    texts = [record["QUESTION"], *record["CONTEXTS"]] if isinstance(record["CONTEXTS"], list) else [None]
-    are_texts = all(isinstance(text, str) for text in texts)
-    need(are_texts, f"{where}: 'QUESTION' must be text and 'CONTEXTS' a list of texts; {unchanged}")
-    values = (" ".join(texts), record["final_decision"], record["LONG_ANSWER"])
-    return make_example(dict(zip(COLUMNS, values, strict=True)), where)
-
-
-def read_bioasq(questions: object, path: Path) -> list[Example]:
-    """BioASQ Task B: the yes/no questions with their snippets; the first ideal answer is the rationale."""
-    unchanged = "this reader takes BioASQ's Task B file unchanged"
-    need(isinstance(questions, list), f"{path}: 'questions' must be a list; {unchanged}")
-    examples = []
-    for i, item in enumerate(questions):
-        where = f"{path}: question {i + 1}"
-        need(isinstance(item, dict) and isinstance(item.get("body"), str), f"{where}: no 'body'; {unchanged}")
-        if item.get("type") != "yesno":
-            continue
-        snippets, ideal, answer = item.get("snippets", []), item.get("ideal_answer", ""), item.get("exact_answer")
-        snippets = snippets if isinstance(snippets, list) else [None]
-        are_texts = all(isinstance(s, dict) and isinstance(s.get("text"), str) for s in snippets)
-        need(are_texts, f"{where}: 'snippets' must be a list of objects with a 'text'; {unchanged}")
-        record = {"question": " ".join([item["body"], *(s["text"] for s in snippets)])}
-        record["label"] = answer.lower() if isinstance(answer, str) else answer
-        record["rationale"] = (ideal or [""])[0] if isinstance(ideal, list) else ideal
-        examples.append(make_example(record, where))
-    return examples
+        text = record.get(column) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise InputError(f"{where}: no text as '{column}'; a record needs {', '.join(COLUMNS)}")
+        if re.search("[\ud800-\udfff]", text):
+            raise InputError(f"{where}: '{column}' holds half a character (a surrogate); delete it")
+        if not text.strip() and column != "rationale":
+            raise InputError(f"{where}: '{column}' is empty; fill it in or delete the record")
+        texts.append(text.strip())
+    return Example(*texts)
 
 
 def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # -sig: Excel's byte order mark is no part of the text
-    except OSError as e:
-        raise InputError(f"{path}: {e.strerror}; check the path given to --data") from None
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
+        text = path.read_text(encoding="utf-8-sig")  # -sig: without Excel's byte order mark
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}; give --data a UTF-8 file or a folder") from None
+    if not text.strip() or "\0" in text:
+        raise InputError(f"{path}: empty, or not text (NUL bytes); save it as UTF-8")
+    return text
 
 
 def parse_json(text: str, where: str) -> object:
-    def unique(pairs: list) -> dict:  # json keeps the last of two equal keys, silently
-        need(len(dict(pairs)) == len(pairs), f"{where}: a key occurs twice in one object; delete one of them")
+    def refuse_twins(pairs: list) -> dict:  # json would keep the last of two equal keys
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key occurs twice in one object")
         return dict(pairs)
 
     try:
-        return json.loads(text, object_pairs_hook=unique)
-    except InputError:
-        raise
-    except json.JSONDecodeError as e:
-        place = f"line {e.lineno}, column {e.colno}" if "\n" in text else f"column {e.colno}"
-        raise InputError(f"{where}: not valid JSON ({e.msg} at {place}); mend or delete it") from None
-    except (RecursionError, ValueError):  # nested too deeply, or a number too long to read
-        raise InputError(f"{where}: JSON nested too deeply, or a number too long; mend or delete the record") from None
+        return json.loads(text, object_pairs_hook=refuse_twins)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({error}); mend or delete it") from None
 
 
-def read_csv(text: str, path: Path) -> list[Example]:
-    csv.field_size_limit(2**31 - 1)
-    reader, rows = csv.DictReader(io.StringIO(text, newline=""), strict=True), []
+def read_csv(text: str, path: Path) -> dict[str, dict]:
+    """The rows of a CSV file by their line."""
+    csv.field_size_limit(2**31 - 1)  # the default, 131072, is too short for articles
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    records = {}
     try:
-        names = reader.fieldnames or []
-        need(len(set(names)) == len(names), f"{path}: line 1: a column occurs twice; delete or rename one of them")
-        for column in COLUMNS:
-            header = f"the header must name {','.join(COLUMNS)}, with commas"
-            need(column in names, f"{path}: line 1: no column '{column}'; {header}")
-        for row in reader:
-            where, more = f"{path}: line {reader.line_num}", None in row
-            wrong = f"{where}: {'more' if more else 'fewer'} fields than the header; quote texts with commas"
-            need(not more and None not in row.values(), wrong)
-            rows.append(make_example(row, where))
-        return rows
-    except csv.Error as e:
-        where = f"{path}: line {reader.reader.line_num}"
-        raise InputError(f"{where}: not valid CSV ({e}); quote texts that hold quotes or commas") from None
+        if len(set(rows.fieldnames)) < len(rows.fieldnames):
+            raise csv.Error("a column occurs twice")
+        for row in rows:
+            if None in row or None in row.values():
+                raise csv.Error("not as many fields as columns")
+            records[f"line {rows.line_num}"] = row
+    except csv.Error as error:
+        where = f"{path}: line {rows.reader.line_num}"
+        raise InputError(f"{where}: {error}; put texts in double quotes") from None
+    return records
 
 
-def read_file(path: Path) -> tuple[list[Example], list[str] | None]:
-    """The examples of one file, and for PubMedQA their ids. Raises InputError."""
+def read_json(text: str, path: Path) -> dict[str, dict]:
+    """PubMedQA's ori_pqal.json by its ids, or the yes/no questions of a BioASQ Task B file."""
+    content = parse_json(text, str(path))
+    records, place = {}, "top level"
+    try:
+        if "questions" in content:
+            for number, item in enumerate(content["questions"], 1):
+                place = f"question {number}"
+                if item["type"] == "yesno":
+                    texts = [item["body"]] + [snippet["text"] for snippet in item["snippets"]]
+                    answer = item["ideal_answer"]
+                    if isinstance(answer, list):  # newer files give several
+                        answer = answer[0]
+                    values = [" ".join(texts), item["exact_answer"].lower(), answer]
+                    records[place] = dict(zip(COLUMNS, values, strict=True))
+        else:
+            for place, item in content.items():
+                question = " ".join([item["QUESTION"]] + item["CONTEXTS"])
+                values = [question, item["final_decision"], item["LONG_ANSWER"]]
+                records[place] = dict(zip(COLUMNS, values, strict=True))
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        hint = "a .json file must be PubMedQA's or BioASQ's own; name others .jsonl"
+        raise InputError(f"{path}: {place}: {error!r}; {hint}") from None
+    return records
+
+
+def read_file(path: Path) -> dict[str, Example]:
+    """The examples of a file by their place in it; PubMedQA's by their ids."""
     text = read_text(path)
-    need(text.strip(), f"{path}: the file is empty; it needs records with {', '.join(COLUMNS)}")
-    if text.lstrip()[0] not in "{[":
-        return read_csv(text, path), None
-    lines = [(f"{path}: line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    where, first = lines[0]
-    if len(lines) > 1 and first.strip()[0] == "{" and first.strip()[-1] == "}":
-        return [make_example(parse_json(line, where), where) for where, line in lines], None
-    whole = parse_json(text, where if len(lines) == 1 else str(path))
-    if isinstance(whole, dict) and "questions" in whole:
-        return read_bioasq(whole["questions"], path), None
-    if isinstance(whole, dict) and "question" not in whole and any(isinstance(r, dict) for r in whole.values()):
-        return [pubmedqa_record(record, f"{path}: id {key}") for key, record in whole.items()], list(whole)
-    if isinstance(whole, list):
-        return [make_example(record, f"{path}: record {i}") for i, record in enumerate(whole, 1)], None
-    return [make_example(whole, where)], None
+    if path.suffix == ".csv":
+        records = read_csv(text, path)
+    elif path.suffix == ".json":
+        records = read_json(text, path)
+    elif path.suffix == ".jsonl":
+        records = {}
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                place = f"line {number}"
+                records[place] = parse_json(line, f"{path}: {place}")
+    else:
+        raise InputError(f"{path}: unknown format; name it .jsonl, .csv or .json")
+    return {place: make_example(record, f"{path}: {place}") for place, record in records.items()}
 
 
 def read_splits(path: Path, seed: int) -> list[list[Example]]:
-    """Train, val, test of a folder or a file. A file is split 80/10/10 by seed; PubMedQA by its official test ids."""
-    if os.path.isdir(path):  # Path.is_dir raises where the path cannot be looked at
+    """Train, val and test: of a folder's files, or of one file, split 80/10/10 by the seed.
+
+    PubMedQA's official test ids decide if its test_ground_truth.json lies beside the file.
+    """
+    if os.path.isdir(path):
         splits = []
         for split in ("train", "val", "test"):
-            found = [file for file in (path / f"{split}.jsonl", path / f"{split}.csv") if os.path.exists(file)]
-            both = f"both {split}.jsonl and" if found else f"neither {split}.jsonl nor"
-            need(len(found) == 1, f"{path}: {both} {split}.csv; it needs one of them")
-            splits.append(read_file(found[0])[0])
+            files = [path / f"{split}.jsonl", path / f"{split}.csv"]
+            files = [file for file in files if os.path.exists(file)]
+            if len(files) != 1:
+                raise InputError(f"{path}: needs one file {split}.jsonl or {split}.csv")
+            splits.append(list(read_file(files[0]).values()))
         return splits
-    examples, ids = read_file(path)
-    order = np.random.default_rng(seed).permutation(len(examples)).tolist()
+    examples = read_file(path)
+    places = list(examples)
+    random.Random(seed).shuffle(places)
+    n_test = n_val = len(places) // 10
     truth = path.with_name("test_ground_truth.json")
-    if ids and truth.exists():
+    if path.suffix == ".json" and os.path.exists(truth):
         official = parse_json(read_text(truth), str(truth))
-        official = official if isinstance(official, dict) else {}
-        test, order = [i for i in order if ids[i] in official], [i for i in order if ids[i] not in official]
-        need(test, f"{truth}: holds no id of {path.name}; take PubMedQA's own file, or move it elsewhere")
-        n_val = len(order) // 10
-    else:
-        n_val = len(order) // 10
-        test, order = order[:n_val], order[n_val:]
-    return [[examples[i] for i in part] for part in (order[n_val:], order[:n_val], test)]
+        if not isinstance(official, dict) or official.keys().isdisjoint(places):
+            raise InputError(f"{truth}: no id of {path.name} in it; move it elsewhere")
+        places.sort(key=lambda place: place not in official)  # the official test ids first
+        n_test = len(official.keys() & examples.keys())
+        n_val = (len(places) - n_test) // 10
+    shuffled = [examples[place] for place in places]
+    test, rest = shuffled[:n_test], shuffled[n_test:]
+    return [rest[n_val:], rest[:n_val], test]
 
 
-def load_data(source: str, seed: int, limit: int | None, rationales: str, stage1_rationales: str) -> Dataset:
-    """The data set named by `source`: `triage`, a file or a folder. Raises InputError (see the readers)."""
+def load_data(
+    source: str,
+    seed: int,
+    limit: int | None,
+    notes: int,
+    override: float,
+    rationales: str,
+    stage1_rationales: str,
+) -> Dataset:
+    """The data set named by `source`: `triage`, a file or a folder. Raises InputError."""
     if source == "triage":
-        n = {split: min(size, limit or size) for split, size in TRIAGE_SIZES.items()}
-        return simulate(n, seed, rationales, stage1_rationales)
-    train, val, test = (split[:limit] for split in read_splits(Path(source), seed))
+        sizes = {"train": notes, "val": 500, "test": 1000}
+        sizes = {split: min(size, limit or size) for split, size in sizes.items()}
+        return simulate(sizes, override, seed, rationales, stage1_rationales)
+    train, val, test = [split[:limit] for split in read_splits(Path(source), seed)]
     for name, split in (("train", train), ("val", val), ("test", test)):
-        need(split, f"{source}: the {name} split is empty; it needs at least one record")
-    labels = [label for label, _ in Counter(example.label for example in train + val + test).most_common()]
-    alike = Counter(" ".join(label.lower().split()) for label in labels).most_common(1)[0]
-    like = f"labels that differ only by case or spaces, like '{alike[0]}'"
-    need(alike[1] == 1, f"{source}: {like}; spell each label one way")
-    one = f"{source}: the train split has one label, '{train[0].label}'; it needs at least two"
-    need(len({example.label for example in train}) > 1, one)
-    return Dataset(train, val, test, labels, train, val)
+        if not split:
+            raise InputError(f"{source}: the {name} split is empty; add records")
+    if len({example.label for example in train}) == 1:
+        raise InputError(f"{source}: train has one label only, {train[0].label!r}; add another")
+    counts = Counter(example.label for example in train + val + test)
+    labels = [label for label, _ in counts.most_common()]
+    return Dataset(train, val, test, labels, train, val, [], [])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens, prompts, batches.
+# ---- Tokens, prompts, batches.
+PREDICT = "predict:"
+EXPLAIN = "explain:"
+EXPLAIN_GIVEN = "given label: {label}, explain:"
 
 
 class Tokenizer:
-    """SentencePiece, trained on the training split or T5's own. Ids 0, 1, 2 are padding, end and unknown, as in T5."""
+    """SentencePiece, trained here or T5's own. Ids: 0 padding, 1 end, 2 unknown."""
 
     def __init__(self, model: bytes):
         self.model = model
@@ -524,33 +567,36 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Raises InputError."""
         try:
             tokenizer = cls(path.read_bytes())
-        except OSError as e:
-            raise InputError(f"{path}: {e.strerror}; the tokenizer belongs beside the weights") from None
-        except RuntimeError:
-            raise InputError(f"{path}: not a SentencePiece model; fetch it again") from None
-        like_t5 = (tokenizer.processor.pad_id(), tokenizer.processor.eos_id()) == (0, 1)
-        need(like_t5, f"{path}: padding and end are not the ids 0 and 1; give the tokenizer of a T5")
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{path}: {error}; the tokenizer belongs beside the weights") from None
+        if tokenizer.processor.pad_id() != 0 or tokenizer.processor.eos_id() != 1:
+            raise InputError(f"{path}: padding and end are not the ids 0 and 1; give a T5's")
         return tokenizer
 
     @classmethod
     def train(cls, texts: list[str], vocab_size: int) -> "Tokenizer":
-        """Byte-pair encoding: on templated text a unigram vocabulary collapses to a few hundred pieces.
+        """Byte-pair encoding: on templated text a unigram vocabulary collapses to a few pieces.
 
-        Rare characters fall back to bytes, so that no text, above all no label, loses a letter; the default coverage of
-        SentencePiece once dropped the E of "go to ED now". Text is kept as it is (no Unicode normalisation).
+        What is not in the vocabulary is written in bytes, so no text, above all no label, loses a
+        letter: SentencePiece's default coverage once dropped the E of "go to ED now".
         """
-        counts = Counter("".join(texts))
-        rare = dict.fromkeys((ord(char) for char, _ in counts.most_common()[vocab_size // 4 :]), " ")
+        frequent = [char for char, _ in Counter("".join(texts)).most_common()]
+        rare = dict.fromkeys(map(ord, frequent[vocab_size // 4 :]), " ")  # these become bytes
         model = io.BytesIO()
+        ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+        unchanged = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+        no_limits = {"hard_vocab_limit": False, "max_sentence_length": 10**6, "minloglevel": 2}
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([text.translate(rare) for text in texts]), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0,
-            max_sentence_length=10**6, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=iter([text.translate(rare) for text in texts]),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=1.0,
+            **(ids | unchanged | no_limits),
+        )
         return cls(model.getvalue())
 
     def __len__(self) -> int:
@@ -560,43 +606,36 @@ class Tokenizer:
         return self.processor.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Up to the end token, without padding and without the ids by which T5's vocabulary exceeds its tokenizer."""
-        ids = ids[: ids.index(self.processor.eos_id())] if self.processor.eos_id() in ids else ids
+        """Up to the end token, without padding and ids above the vocabulary, which T5 can give."""
+        if 1 in ids:
+            ids = ids[: ids.index(1)]
         return self.processor.decode([i for i in ids if 0 < i < len(self)]).strip()
 
 
-EXPLAIN, PREDICT, EXPLAIN_GIVEN = "explain:", "predict:", "given label: {label}, explain:"
-
-
 class Prompts:
-    """Token ids of the three prompts (paper, section 3) and of the targets, each text tokenized once.
+    """Token ids of the prompts (paper, section 3) and targets; each text is tokenized once.
 
-    A prompt is its head (`explain:`, ...), the question and the end token. Head and question meet at a space, where
-    SentencePiece never joins pieces, so the parts give the ids of the whole. What is too long is cut from the end of
-    the question, never from the head: the label stays whole.
+    Prefix and question meet at a space, where SentencePiece joins no pieces, so the parts give the
+    ids of the whole. A long question is cut at its end; the prefix with its label stays whole.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_source: int, max_target: int):
-        self.tokenizer, self.max_source, self.max_target = tokenizer, max_source, max_target
-        self.cache: dict[str, array] = {}
+        self.tokenizer = tokenizer
+        self.max_source = max_source
+        self.max_target = max_target
+        self.ids = functools.cache(tokenizer.encode)  # text -> list of ids
 
-    def ids(self, text: str) -> array:
-        if text not in self.cache:
-            self.cache[text] = array("i", self.tokenizer.encode(text))  # 4 bytes a token; in a list it has 36
-        return self.cache[text]
-
-    def source(self, head: str, text: str) -> list[int]:
-        head_ids, text_ids = self.ids(head), self.ids(text)
-        room = max(self.max_source - len(head_ids) - 1, 0)
-        return [*head_ids, *text_ids[:room], 1]
+    def source(self, prefix: str, question: str) -> list[int]:
+        room = max(self.max_source - len(self.ids(prefix)) - 1, 0)
+        return [*self.ids(prefix), *self.ids(question)[:room], 1]
 
     def target(self, text: str) -> list[int]:
-        """A label or rationale with its end token. An empty one has no tokens at all, so it adds nothing to a loss."""
+        """Ends with the end token. An empty text has no tokens, so it adds nothing to a loss."""
         return [*self.ids(text)[: self.max_target - 1], 1] if text else []
 
 
 def pad(rows: list[list[int]], device: str = "cpu") -> torch.Tensor:
-    """Lists of ids -> LongTensor (B, longest), padded with 0 on the right."""
+    """Rows of ids -> LongTensor (B, longest row), filled with 0 on the right."""
     out = np.zeros((len(rows), max(1, *map(len, rows))), dtype=np.int64)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
@@ -604,15 +643,19 @@ def pad(rows: list[list[int]], device: str = "cpu") -> torch.Tensor:
 
 
 def batch_order(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The batches of one epoch, as lists of example numbers; a function of its arguments alone, so a run can resume.
+    """The batches of an epoch, as lists of example numbers; the same for the same arguments.
 
-    Shuffled, then sorted by length within pools of 16 batches: neighbours of one length waste little padding, while
-    which examples meet still changes from epoch to epoch. What does not fill the last batch is left out, at random.
+    Shuffled, then sorted by length within pools of 16 batches: neighbours of one length need
+    little padding. What does not fill the last batch is left out, at random.
     """
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    order = order[: max(len(order) // batch_size, 1) * batch_size]  # before sorting: else the longest are never seen
-    pool = 16 * batch_size
-    order = np.concatenate([sorted(order[i : i + pool], key=lengths.__getitem__) for i in range(0, len(order), pool)])
-    batches = [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+    order = rng.permutation(len(lengths)).tolist()
+    full = max(len(order) // batch_size, 1) * batch_size
+    order = order[:full]  # before sorting: else the longest would never be seen
+    batches = []
+    for start in range(0, len(order), 16 * batch_size):
+        pool = sorted(order[start : start + 16 * batch_size], key=lambda i: lengths[i])
+        for first in range(0, len(pool), batch_size):
+            batches.append(pool[first : first + batch_size])
+    rng.shuffle(batches)
+    return batches
