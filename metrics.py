@@ -14,7 +14,7 @@ CONDITIONS |= {"ceiling_gold": "label", "ceiling": "ceiling_label"}  # -> label 
 
 
 def accuracy(gold: list[str], predicted: list[str]) -> float:
-    """Share of predicted labels that are the gold label, 0-100."""
+    """Share of labels that are right, 0-100."""
     return 100 * sum(g == p for g, p in zip(gold, predicted, strict=True)) / len(gold)
 
 
@@ -41,7 +41,7 @@ def macro_f1(gold: list[str], predicted: list[str], labels: list[str]) -> float:
 
 
 def tokenize_13a(text: str) -> list[str]:
-    """The tokens of mteval-v13a, sacreBLEU's default: punctuation apart, 3.5 and x-ray whole."""
+    """The tokens of mteval-v13a: punctuation apart, numbers and x-ray whole."""
     text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     text = text.replace("&quot;", '"').replace("&amp;", "&")
     text = text.replace("&lt;", "<").replace("&gt;", ">")
@@ -68,7 +68,7 @@ def bleu_counts(hypothesis: str, reference: str) -> list[int]:
 
 
 def bleu_from_counts(counts: np.ndarray, smoothing: float = 1.0) -> float:
-    """BLEU (Papineni et al. 2002), 0-100, of n texts as one, from their `bleu_counts` (n, 10)."""
+    """BLEU (Papineni et al. 2002), 0-100, from the `bleu_counts` (n, 10) of n texts."""
     counts = counts.sum(axis=0).tolist()
     if counts[0] == 0 or counts[7] == 0:  # no word matches, or there is no 4-gram
         return 0.0
@@ -82,15 +82,15 @@ def bleu_from_counts(counts: np.ndarray, smoothing: float = 1.0) -> float:
     return 100 * math.exp(log_bleu)
 
 
-def corpus_counts(hypotheses: list[str], references: list[str]) -> np.ndarray:
+def corpus_counts(texts: list[str], references: list[str]) -> np.ndarray:
     """(n, 10) the `bleu_counts` of n texts."""
-    counts = [bleu_counts(h, r) for h, r in zip(hypotheses, references, strict=True)]
+    counts = [bleu_counts(text, gold) for text, gold in zip(texts, references, strict=True)]
     return np.array(counts).reshape(-1, 10)
 
 
-def corpus_bleu(hypotheses: list[str], references: list[str]) -> float:
+def corpus_bleu(texts: list[str], references: list[str]) -> float:
     """BLEU of n texts as one, 0-100. Equals sacreBLEU's default."""
-    return bleu_from_counts(corpus_counts(hypotheses, references))
+    return bleu_from_counts(corpus_counts(texts, references))
 
 
 def sentence_bleu(hypothesis: str, reference: str) -> float:
@@ -130,7 +130,7 @@ class Reader:
                 times[word][i] += 1
         self.log_prior = np.log(texts_of)
         words_of = sum(times.values())
-        self.log_likelihood = {word: np.log(n / words_of) for word, n in times.items()}
+        self.log_words = {word: np.log(n / words_of) for word, n in times.items()}
 
     def words(self, text: str) -> list[str]:
         """The words of a text without the names of the labels."""
@@ -141,11 +141,11 @@ class Reader:
         return re.findall(r"\w+", text)
 
     def __call__(self, text: str) -> str:
-        """The most probable label; words that no train rationale holds say nothing."""
+        """The most probable label; unknown words say nothing."""
         scores = self.log_prior.copy()
         for word in self.words(text):
-            if word in self.log_likelihood:
-                scores += self.log_likelihood[word]
+            if word in self.log_words:
+                scores += self.log_words[word]
         return self.labels[scores.argmax()]
 
 
@@ -153,13 +153,13 @@ def share(name: str, flags: np.ndarray) -> dict:
     """{name: share of true flags, 0-100, name_ci95: its 95 % interval (Wilson 1927)}."""
     n = len(flags)
     p = int(sum(flags)) / n
-    z = 1.959963984540054  # 95 % of a normal distribution lie within z deviations
+    z = 1.959963984540054  # the normal distribution's 97.5 % point
     mid = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
     return {name: 100 * p, f"{name}_ci95": [100 * max(mid - half, 0), 100 * min(mid + half, 1)]}
 
 
-def bootstrap(name: str, statistic: Callable[..., float], *columns: np.ndarray) -> dict:
+def bootstrap(name: str, statistic: Callable, *columns: np.ndarray) -> dict:
     """{name: statistic(*columns), name_ci95: its 95 % percentile interval (Efron 1979)}."""
     n = len(columns[0])
     rng = np.random.default_rng(0)
@@ -212,7 +212,7 @@ def rationale_scores(data: dict, condition: str) -> dict:
 
 
 def exposure_scores(data: dict) -> dict:
-    """The group `exposure`: what the own label costs, and whether a flipped label is followed."""
+    """The group `exposure`: the cost of the own label, the following of a flipped one."""
     gold = data["counts_given_gold"]
     scores = bootstrap("bleu_gap", bleu_gap, gold, data["counts_given_predicted"])
     cost = data["nats_given_predicted"] - data["nats_given_gold"]
@@ -229,7 +229,7 @@ def exposure_scores(data: dict) -> dict:
 
 
 def score(rows: list[dict], labels: list[str]) -> dict:
-    """The groups label, rationale, exposure and reader of metrics.json, from predictions.jsonl."""
+    """Rows of predictions.jsonl -> the scores of metrics.json."""
     data = {}  # key -> (n,) what the rows hold under it
     for key in rows[0]:
         data[key] = np.fromiter([row[key] for row in rows], dtype=object)
@@ -240,14 +240,14 @@ def score(rows: list[dict], labels: list[str]) -> dict:
     data = {key: values[explained] for key, values in data.items()}
     rationale = {}
     for condition in CONDITIONS:
-        if f"rationale_given_{condition}" in data:
-            counts = corpus_counts(data[f"rationale_given_{condition}"], data["rationale"])
-            data[f"counts_given_{condition}"] = counts
+        texts = data.get(f"rationale_given_{condition}")
+        if texts is not None:
+            data[f"counts_given_{condition}"] = corpus_counts(texts, data["rationale"])
             rationale[condition] = rationale_scores(data, condition)
     wrong = data["predicted_label"] != data["label"]
     if "predicted" in rationale and wrong.any():
-        wrong_data = {key: values[wrong] for key, values in data.items()}
-        rationale["predicted_wrong"] = rationale_scores(wrong_data, "predicted")
+        subset = {key: values[wrong] for key, values in data.items()}
+        rationale["predicted_wrong"] = rationale_scores(subset, "predicted")
     if rationale:
         result["rationale"] = rationale
     if "gold" in rationale:
@@ -275,7 +275,7 @@ def line(name: str, scores: dict, keys: list[str]) -> str:
 
 
 def table(result: dict) -> str:
-    """metrics.json as text of at most 100 columns, with sentences to quote at its end."""
+    """metrics.json as text of at most 100 columns; the sentences are for quoting."""
     label = result["label"]
     rationale = result.get("rationale", {})
     exposure = result.get("exposure", {})
@@ -283,21 +283,21 @@ def table(result: dict) -> str:
     lines = [f"{result['method'][:20]} on {result['data'][-50:]}, seed {result['seed']}", ""]
     lines.append("label               n     accuracy     macro f1      invalid")
     lines.append(line("model", label, ["accuracy", "macro_f1", "invalid"]))
-    lines.append(line("majority", label, ["majority_accuracy", "majority_macro_f1"]))
-    lines.append(line("ceiling", label, ["ceiling_accuracy", "ceiling_macro_f1"]))
+    for name in ("majority", "ceiling"):
+        lines.append(line(name, label, [f"{name}_accuracy", f"{name}_macro_f1"]))
     if rationale:
         header = "n        bleu sentence bleu          nll argues given  argues gold     grounded"
         lines.append(f"\nrationale given     {header}")
     for name, scores in rationale.items():
         lines.append(line(name, scores, keys))
     if result["data"] == "triage":
-        lines.append("argues, grounded: as an exact checker reads the text")
+        lines.append("argues, grounded: read by an exact checker")
     elif "reader" in result:
         right = show(result["reader"], "accuracy")
-        lines.append(f"argues: as a reader says that is right on {right} % of gold rationales")
+        lines.append(f"argues: read by a reader, right on {right} % of gold rationales")
     if exposure:
-        cost = f"{show(exposure, 'bleu_gap')} BLEU, {show(exposure, 'nll_gap')} nats per token"
-        lines.append(f"The own label in place of the gold label costs the model {cost}.")
+        cost = f"{show(exposure, 'bleu_gap')} BLEU, {show(exposure, 'nll_gap')} nats a token"
+        lines.append(f"Its own label in place of the gold label costs the model {cost}.")
     if "predicted_wrong" in rationale:
         wrong = rationale["predicted_wrong"]
         says = f"{wrong['argues_given']:.1f} %, for gold in {wrong['argues_gold']:.1f} %"
