@@ -36,8 +36,9 @@ def per_class(gold: list[str], predicted: list[str], labels: list[str]) -> dict:
 
 def macro_f1(gold: list[str], predicted: list[str], labels: list[str]) -> float:
     """Mean F1 of all `labels`, those never seen too, 0-100."""
-    classes = per_class(gold, predicted, labels)
-    return sum(scores["f1"] for scores in classes.values()) / len(labels)
+    hits = Counter(g for g, p in zip(gold, predicted, strict=True) if g == p)
+    seen = Counter([*gold, *predicted])  # support + guesses; without a hit F1 is 0
+    return sum(200 * n / seen[label] for label, n in hits.items()) / len(labels)
 
 
 def tokenize_13a(text: str) -> list[str]:
@@ -199,8 +200,7 @@ def rationale_scores(data: dict, condition: str) -> dict:
     given = f"given_{condition}"
     argues = data[f"argues_{given}"]
     sentence = list(map(sentence_bleu, data[f"rationale_{given}"], data["rationale"]))
-    scores = {"n": len(argues)}
-    scores |= bootstrap("bleu", bleu_from_counts, data[f"counts_{given}"])
+    scores = {"n": len(argues)} | bootstrap("bleu", bleu_from_counts, data[f"counts_{given}"])
     scores |= bootstrap("sentence_bleu", np.mean, np.array(sentence))
     if f"nats_{given}" in data:
         scores |= bootstrap("nll", per_token, data[f"nats_{given}"], data["tokens"])
@@ -262,7 +262,7 @@ def show(scores: dict, key: str) -> str:
     """A score ± half of its interval, "-" if there is no score."""
     if key not in scores:
         return "-"
-    digits = 3 if key.startswith("nll") else 1
+    digits = 3 if key.startswith("nll") and abs(scores[key]) < 10 else 1
     low, high = scores[f"{key}_ci95"]
     return f"{scores[key]:.{digits}f} ±{(high - low) / 2:.{digits}f}"
 
@@ -296,8 +296,8 @@ def table(result: dict) -> str:
         right = show(result["reader"], "accuracy")
         lines.append(f"argues: read by a reader, right on {right} % of gold rationales")
     if exposure:
-        cost = f"{show(exposure, 'bleu_gap')} BLEU, {show(exposure, 'nll_gap')} nats a token"
-        lines.append(f"Its own label in place of the gold label costs the model {cost}.")
+        cost = f"{show(exposure, 'bleu_gap')} BLEU, {show(exposure, 'nll_gap')} nats per token"
+        lines.append(f"Its own label in place of gold costs the model {cost}.")
     if "predicted_wrong" in rationale:
         wrong = rationale["predicted_wrong"]
         says = f"{wrong['argues_given']:.1f} %, for gold in {wrong['argues_gold']:.1f} %"
