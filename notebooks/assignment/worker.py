@@ -1,7 +1,8 @@
-"""The grader's child process: it loads one graded file and calls its functions on inputs that come through a pipe.
+"""The grader's child process: it loads a graded file and calls its functions on piped inputs.
 
-No expected value is in this process: the answers go back to the grader, which compares them. So a graded file that
-looks around here finds nothing to copy, and one that loops, crashes or exits ends this process and not the grader.
+No expected value is in this process: the answers go back to the grader, which compares them. So a
+graded file that looks around here finds nothing to copy, and one that loops, crashes or exits ends
+this process and not the grader.
 Printing goes nowhere. This is a fence against accidents and cheap tricks, not a jail.
 """
 
@@ -14,19 +15,24 @@ import threading
 import types
 from pathlib import Path
 
-# What a graded file has no business to do. The first group takes a path, which may lie in the working folder.
-PATHS = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "os.chmod"}
-PATHS |= {"shutil.rmtree", "shutil.move", "shutil.copyfile", "os.scandir", "os.listdir"}
-REFUSED = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "os.fork"}
-REFUSED |= {"os.forkpty", "os.kill", "os.killpg"}
+# What a graded file may not do. The first group takes a path, which may be in the working folder.
+PATHS = set(
+    "os.remove os.rename os.rmdir os.mkdir os.truncate os.link os.symlink os.chmod os.scandir"
+    " os.listdir shutil.rmtree shutil.move shutil.copyfile".split()
+)
+REFUSED = set(
+    "subprocess.Popen os.system os.exec os.posix_spawn os.spawn os.startfile os.fork os.forkpty"
+    " os.kill os.killpg".split()
+)
 READING = {"os.scandir", "os.listdir"}
 LARGEST = 100_000  # items of an answer
 
 
 def guard(grader: str, home: str) -> None:
-    """From here on: nothing in the grader's folder can be opened, nothing outside `home` written, nothing started."""
+    """From here on nothing of the grader can be read, nothing outside `home` written or started."""
 
-    normcase, realpath = os.path.normcase, os.path.realpath  # kept here: graded code may replace them in `os`
+    normcase = os.path.normcase  # kept here: graded code may replace them in `os`
+    realpath = os.path.realpath
 
     def inside(path: str | bytes, folder: str) -> bool:
         full = normcase(realpath(os.fsdecode(path)))
@@ -37,15 +43,21 @@ def guard(grader: str, home: str) -> None:
             path, mode, flags = arguments
             if not isinstance(path, (str, bytes)):
                 return
-            write = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or (mode and set(mode) & set("wax+"))
+            write = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or (
+                mode and set(mode) & set("wax+")
+            )
             if inside(path, grader) or (write and path != os.devnull and not inside(path, home)):
-                raise PermissionError("the grader and files outside the working folder are closed to graded code")
+                raise PermissionError(
+                    "the grader and files outside the working folder are closed to graded code"
+                )
         elif event in PATHS:
             for path in arguments[:2]:
                 if isinstance(path, (str, bytes)) and (
                     inside(path, grader) or (event not in READING and not inside(path, home))
                 ):
-                    raise PermissionError("the grader and files outside the working folder are closed to graded code")
+                    raise PermissionError(
+                        "the grader and files outside the working folder are closed to graded code"
+                    )
         elif event in REFUSED:
             raise PermissionError(f"{event}: graded code starts and ends no processes")
 
@@ -54,7 +66,7 @@ def guard(grader: str, home: str) -> None:
 
 
 def limit_memory(gibibytes: float) -> bool:
-    """At most so much more address space than now. False where the system cannot: Windows, and macOS in practice."""
+    """At most so much more address space. False where the system cannot (Windows, macOS)."""
     try:
         import resource
 
@@ -74,21 +86,30 @@ def plain(value: object, depth: int = 0) -> object:
         return value[:LARGEST] if isinstance(value, str) else value
     if isinstance(value, torch.Tensor) and value.numel() <= LARGEST:
         dtype = str(value.dtype).removeprefix("torch.")
-        return {"type": "Tensor", "dtype": dtype, "shape": list(value.shape), "values": value.detach().tolist()}
+        return {
+            "type": "Tensor",
+            "dtype": dtype,
+            "shape": list(value.shape),
+            "values": value.detach().tolist(),
+        }
     if isinstance(value, (list, tuple)) and len(value) <= LARGEST and depth < 4:
         return [plain(item, depth + 1) for item in value]
     if isinstance(value, dict) and len(value) <= LARGEST and depth < 4:
-        return {"type": "dict", "items": [[plain(k, depth + 1), plain(v, depth + 1)] for k, v in value.items()]}
+        return {
+            "type": "dict",
+            "items": [[plain(k, depth + 1), plain(v, depth + 1)] for k, v in value.items()],
+        }
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         return plain(value.item(), depth + 1)
     return {"type": type(value).__name__}
 
 
 def scripted_model(scripts: list[list], training: bool, size: int, notes: dict) -> object:
-    """A model that is right only for the right prefix: `scripts` holds pairs (source row, target row).
+    """A model that is right only for the right prefix: `scripts` has pairs (source, target).
 
-    With START and the target so far as decoder input, and in eval mode, it gives the next token of the target, and 8
-    after its end. For another prefix or source it gives 9; in training mode each token is one higher, as if by dropout.
+    With START and the target so far as decoder input, and in eval mode, it gives the next token of
+    the target, and 8 after its end. For another prefix or source it gives 9; in training mode each
+    token is one higher, as if by dropout.
     """
     import torch
 
@@ -102,10 +123,15 @@ def scripted_model(scripts: list[list], training: bool, size: int, notes: dict) 
             notes["gradients"] |= torch.is_grad_enabled()
             notes["trained"] |= self.training
             logits = torch.zeros(*decoder_input.shape, size)
-            for b, (row, prefix) in enumerate(zip(source.tolist(), decoder_input.tolist(), strict=True)):
+            for b, (row, prefix) in enumerate(
+                zip(source.tolist(), decoder_input.tolist(), strict=True)
+            ):
                 target = next((target for known, target in scripts if known == row), None)
                 for t in range(len(prefix)):
-                    right = target is not None and prefix[: t + 1] == [0, *target, *[0] * len(prefix)][: t + 1]
+                    right = (
+                        target is not None
+                        and prefix[: t + 1] == [0, *target, *[0] * len(prefix)][: t + 1]
+                    )
                     token = 9 if not right else target[t] if t < len(target) else 8
                     logits[b, t, token + self.training] = 1
             return logits * self.weight
@@ -121,7 +147,9 @@ def build(spec: object, seen: dict) -> object:
     if not isinstance(spec, dict) or "make" not in spec:
         return spec
     if spec["make"] == "tensor":
-        return torch.tensor(spec["values"], dtype=getattr(torch, spec["dtype"])).requires_grad_(spec["grad"])
+        return torch.tensor(spec["values"], dtype=getattr(torch, spec["dtype"])).requires_grad_(
+            spec["grad"]
+        )
     if spec["make"] == "generator":
         return torch.Generator().manual_seed(spec["seed"])
     if spec["make"] == "model":
@@ -131,7 +159,9 @@ def build(spec: object, seen: dict) -> object:
         seen["asked"] += list(questions)
         unknown = [question for question in questions if question not in spec["table"]]
         if unknown:
-            raise ValueError(f"predict was asked about {unknown[0]!r:.60}, which is no question of the batch")
+            raise ValueError(
+                f"predict was asked about {unknown[0]!r:.60}, which is no question of the batch"
+            )
         return [spec["table"][question] for question in questions]
 
     seen["asked"] = []
@@ -160,7 +190,11 @@ def call(module: types.ModuleType, request: dict) -> dict:
         if isinstance(argument, torch.nn.Module):
             seen["training"] = argument.training
         if isinstance(argument, torch.Tensor) and argument.requires_grad:
-            if isinstance(values[-1], torch.Tensor) and values[-1].requires_grad and values[-1].ndim == 0:
+            if (
+                isinstance(values[-1], torch.Tensor)
+                and values[-1].requires_grad
+                and values[-1].ndim == 0
+            ):
                 values[-1].backward()
             seen["grad"] = None if argument.grad is None else argument.grad.tolist()
     return {"values": [plain(value) for value in values], "seen": seen}
@@ -168,11 +202,18 @@ def call(module: types.ModuleType, request: dict) -> dict:
 
 def describe(error: BaseException, path: str) -> dict:
     """{error: the class, message: one line, line: where in the graded file}."""
-    line, trace = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None, error.__traceback__
+    line, trace = (
+        getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None,
+        error.__traceback__,
+    )
     while trace:
         line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == path else line
         trace = trace.tb_next
-    return {"error": type(error).__name__, "message": " ".join(str(error).split())[:200], "line": line}
+    return {
+        "error": type(error).__name__,
+        "message": " ".join(str(error).split())[:200],
+        "line": line,
+    }
 
 
 def serve(requests: "queue.Queue[bytes]", replies: object) -> None:
@@ -189,7 +230,9 @@ def serve(requests: "queue.Queue[bytes]", replies: object) -> None:
             else:
                 reply = call(module, request)
             line = json.dumps({"id": request["id"], **reply})
-        except BaseException as error:  # SystemExit and MemoryError as well: whatever it is, it is the answer
+        except (
+            BaseException
+        ) as error:  # SystemExit and MemoryError as well: whatever it is, it is the answer
             try:
                 reply = describe(error, path)
             except BaseException:
@@ -201,7 +244,11 @@ def serve(requests: "queue.Queue[bytes]", replies: object) -> None:
 
 def main() -> None:
     here, home, gibibytes = str(Path(__file__).resolve().parent), os.getcwd(), float(sys.argv[1])
-    sys.path[:] = [folder for folder in sys.path if folder and os.path.realpath(folder) != os.path.realpath(here)]
+    sys.path[:] = [
+        folder
+        for folder in sys.path
+        if folder and os.path.realpath(folder) != os.path.realpath(here)
+    ]
     sys.dont_write_bytecode = True
     incoming, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDWR)
