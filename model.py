@@ -62,7 +62,7 @@ def relative_position_bucket(
 
 
 class Attention(nn.Module):
-    """Multi-head attention of a sequence to itself, or of the decoder to the encoder's output."""
+    """Attention of a sequence to itself, or of the decoder to the encoder's output."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -141,7 +141,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder-decoder: `forward` gives logits, `nll` the loss per token, `generate` tokens."""
+    """Encoder and decoder: `forward` gives logits, `nll` a loss, `generate` tokens."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -215,7 +215,7 @@ class Transformer(nn.Module):
     def nll(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Nats of each target token: source (B, S), target (B, T) -> (B, T), 0 at padding."""
         real = labels != self.config.pad_id  # (B, T)
-        x = self.decode(input_ids, labels)[real]  # (N, D): the output layer is costly
+        x = self.decode(input_ids, labels)[real]  # (N, D), to save work
         logits = self.logits(x).float()  # (N, V)
         nats = F.cross_entropy(logits, labels[real], reduction="none")  # (N,)
         return torch.zeros(labels.shape, device=nats.device).masked_scatter(real, nats)
@@ -235,7 +235,7 @@ class Transformer(nn.Module):
         memory_bias = self.padding_bias(input_ids)  # (B, 1, 1, S)
         memory_kvs = [layer.cross_attention.keys_values(memory) for layer in self.decoder]
         memory_kv = torch.stack(memory_kvs)  # (L, 2, B, H, S, K)
-        cache = memory.new_empty(len(self.decoder), 2, len(rows), c.n_heads, max_new_tokens, c.d_kv)
+        cache = memory_kv.new_empty(len(memory_kv), 2, len(rows), c.n_heads, max_new_tokens, c.d_kv)
         bias = self.position_bias(max_new_tokens, causal=True)  # (1, H, T, T)
         tokens = input_ids.new_full((len(rows), max_new_tokens + 1), c.pad_id)  # 0: the start
         done = torch.zeros_like(rows, dtype=torch.bool)
@@ -275,27 +275,27 @@ T5_NAMES = {  # parts of the names of weights in T5 checkpoints, and ours
 
 
 def read_t5_config(file: Path, dropout: float) -> ModelConfig:
-    """The shape in a T5 config.json."""
+    """The shape in a T5 config.json; raises if it is not ours."""
     t5 = json.loads(file.read_text(encoding="utf-8"))
     allowed = {"model_type": ["t5"], "feed_forward_proj": ["relu", "gated-gelu"]}
     allowed |= {"layer_norm_epsilon": [1e-6], "decoder_start_token_id": [0]}
     allowed |= {"pad_token_id": [0], "eos_token_id": [1]}
-    for key, values in allowed.items():  # no such key: the first
+    for key, values in allowed.items():  # a missing key has the first
         if t5.get(key, values[0]) not in values:
             raise ValueError(f"{key} is {t5[key]!r}, and only {values} can be loaded")
-    keys = ["vocab_size", "d_model", "num_heads", "d_kv", "d_ff", "num_layers"]
-    sizes = [t5[key] for key in keys]  # in the order of ModelConfig
-    sizes.append(t5.get("num_decoder_layers") or t5["num_layers"])
+    sizes = [t5["vocab_size"], t5["d_model"], t5["num_heads"], t5["d_kv"], t5["d_ff"]]
+    layers = [t5["num_layers"], t5.get("num_decoder_layers") or t5["num_layers"]]
     buckets = [t5["relative_attention_num_buckets"], t5.get("relative_attention_max_distance", 128)]
-    for size in sizes + buckets:
+    for size in sizes + layers + buckets:
         if type(size) is not int or not 0 < size < 2**20:
-            raise ValueError(f"a size is {size!r}, not a whole number from 1 to a million")
-    if max(sizes[-2:]) > 1000 or buckets[0] < 4 or buckets[1] <= buckets[0] // 2:
+            raise ValueError(f"a size is {size!r}, not a whole number below a million")
+    if max(layers) > 1000 or buckets[0] < 4 or buckets[1] <= buckets[0] // 2:
         raise ValueError("too many layers, or buckets that do not fit their distance")
     gated = t5.get("feed_forward_proj") == "gated-gelu"
     tied = t5.get("tie_word_embeddings", True)
     scaled = t5.get("scale_decoder_outputs", tied)  # a key of transformers 5
-    return ModelConfig(*sizes, dropout, *buckets, gated, tied, scaled)
+    # in ModelConfig's order
+    return ModelConfig(*sizes, *layers, dropout, *buckets, gated, tied, scaled)
 
 
 def rename_t5(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -335,7 +335,7 @@ def load_t5(folder: Path, dropout: float = 0.0) -> Transformer:
                 raise ValueError("no such file, nor model.safetensors; join parts into one")
             weights = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
         state = rename_t5(weights)
-        if config.tied and "lm_head.weight" in state:  # which transformers 5 always says
+        if config.tied and "lm_head.weight" in state:  # transformers 5 says tied of all
             if state["lm_head.weight"].equal(state["embedding.weight"]):
                 del state["lm_head.weight"]
             else:
@@ -344,7 +344,7 @@ def load_t5(folder: Path, dropout: float = 0.0) -> Transformer:
             model = Transformer(config)
         model.load_state_dict(state, assign=True)
     except Exception as error:  # a damaged file raises half a dozen types
-        reason = f"{type(error).__name__}: {error}".split(". ")[0]  # the first sentence
+        reason = f"{type(error).__name__}: {error}".split(". ")[0]  # torch goes on with advice
         reason = " ".join(reason.split())[:300]
         raise ValueError(f"{file}: cannot be loaded as a T5: {reason}") from None
     return model
