@@ -47,11 +47,11 @@ class Dataset:
     ceiling_gold: list[Example]  # the gold label and its rationale; a user's data have neither
 
 
-# ---- The simulated nurse line: words. A fact is named by its usual wording; `other` is another
-# wording, `short` the nurse's, `group` a row of GROUPS, `cue` what reassures, `reason` what a red
-# flag can mean, `suspect` the same for the nurse.
+# ---- The simulated nurse line: words. A fact is named by its usual wording; `other` is another,
+# `short` the nurse's abbreviation. `group` is a row of GROUPS, `cue` what reassures, `reasons` what
+# a red flag can mean and the same for the nurse.
 Complaint = namedtuple("Complaint", ["other", "short", "group", "cue"])
-RedFlag = namedtuple("RedFlag", ["tier", "other", "short", "reason", "suspect"])
+RedFlag = namedtuple("RedFlag", ["tier", "other", "short", "reasons"])
 COMPLAINTS = {
     "chest pain": Complaint("pain in the chest", "CP", "heart", "pain only on pressure"),
     "a headache": Complaint("an aching head", "HA", "head", "a known pattern"),
@@ -87,24 +87,24 @@ GROUPS = {  # the red flags that callers of a group of complaints mention, the w
     "mind": ["left-arm pressure", "plans of self-harm", "a racing pulse"],
 }
 RED_FLAGS = {
-    "left-arm pressure": RedFlag(4, "a heavy left arm", "L arm sx", "a heart attack", "MI"),
-    "a drooping face": RedFlag(4, "a face hanging on one side", "facial droop", "a stroke", "CVA"),
-    "blue lips": RedFlag(4, "lips turning blue", "cyanosis", "lack of oxygen", "hypoxia"),
-    "sudden fainting": RedFlag(4, "fainting with cold sweat", "syncope", "shock", "shock"),
-    "a long seizure": RedFlag(4, "minutes of seizure", "prolonged sz", "brain damage", "status"),
-    "a swollen tongue": RedFlag(4, "a thick tongue", "tongue edema", "a closing airway", "angio"),
-    "a stiff neck": RedFlag(3, "a neck that is stiff", "nuchal rig", "meningitis", "meningitis"),
-    "black tarry stools": RedFlag(3, "stools like tar", "melena", "a bleeding ulcer", "GIB"),
-    "coughing up blood": RedFlag(3, "bloody sputum", "hemoptysis", "a clot in the lung", "PE"),
-    "repeated confusion": RedFlag(3, "being confused", "AMS", "a bleed in the skull", "SDH"),
-    "hardly any urine": RedFlag(3, "almost no urine", "oliguria", "dehydration", "dehydration"),
-    "plans of self-harm": RedFlag(3, "planning self-harm", "SI w plan", "a risk to life", "risk"),
-    "burning urine": RedFlag(2, "urine that burns", "dysuria", "a urinary infection", "UTI"),
-    "green phlegm": RedFlag(2, "phlegm that is green", "productive", "pneumonia", "PNA"),
-    "blurred vision": RedFlag(2, "seeing a blur", "blurry vision", "pressure on the brain", "ICP"),
-    "ear pain at night": RedFlag(2, "a painful ear", "otalgia", "an ear infection", "AOM"),
-    "red skin streaks": RedFlag(2, "streaks on the skin", "red lines", "blood poisoning", "infxn"),
-    "a racing pulse": RedFlag(2, "a pulse that races", "tachy", "a rhythm problem", "arrhythmia"),
+    "left-arm pressure": RedFlag(4, "a heavy left arm", "L arm sx", ["a heart attack", "MI"]),
+    "a drooping face": RedFlag(4, "a face hanging down", "facial droop", ["a stroke", "CVA"]),
+    "blue lips": RedFlag(4, "lips turning blue", "cyanosis", ["lack of oxygen", "hypoxia"]),
+    "sudden fainting": RedFlag(4, "fainting with cold sweat", "syncope", ["shock", "shock"]),
+    "a long seizure": RedFlag(4, "minutes of seizure", "prolonged sz", ["brain damage", "status"]),
+    "a swollen tongue": RedFlag(4, "a thick tongue", "tongue edema", ["a closing airway", "angio"]),
+    "a stiff neck": RedFlag(3, "a neck that is stiff", "nuchal rig", ["meningitis", "meningitis"]),
+    "black tarry stools": RedFlag(3, "stools like tar", "melena", ["a bleeding ulcer", "GIB"]),
+    "coughing up blood": RedFlag(3, "bloody sputum", "hemoptysis", ["a clot in the lung", "PE"]),
+    "repeated confusion": RedFlag(3, "being confused", "AMS", ["a bleed in the skull", "SDH"]),
+    "hardly any urine": RedFlag(3, "almost no urine", "oliguria", ["dehydration", "dehydration"]),
+    "plans of self-harm": RedFlag(3, "planning self-harm", "SI w plan", ["a risk to life", "risk"]),
+    "burning urine": RedFlag(2, "urine that burns", "dysuria", ["a urinary infection", "UTI"]),
+    "green phlegm": RedFlag(2, "phlegm that is green", "productive", ["pneumonia", "PNA"]),
+    "blurred vision": RedFlag(2, "seeing a blur", "blurry vision", ["eye pressure", "glaucoma"]),
+    "ear pain at night": RedFlag(2, "a painful ear", "otalgia", ["an ear infection", "AOM"]),
+    "red skin streaks": RedFlag(2, "streaks on the skin", "streaking", ["an infection", "infxn"]),
+    "a racing pulse": RedFlag(2, "a pulse that races", "tachy", ["a rhythm problem", "arrhythmia"]),
 }
 PHRASES = {  # the wordings of every fact: the usual one first, the nurse's last
     "mild": ["mild", "slight", "mild"],
@@ -225,58 +225,50 @@ def write_note(call: Call, rng: random.Random) -> str:
     def say(fact: str) -> str:
         return rng.choice(PHRASES[fact][:-1])
 
-    who, what, time = call.person, say(call.complaint), f"for {call.days} days"
-    report = f"caller reports {what} {time} in {who}"
-    opening = rng.choice([f"{who} with {what} {time}", f"{time}, {who} has {what}", report])
+    who = call.person
+    what = f"{say(call.complaint)} for {call.days} days"
+    opening = rng.choice([f"{who} with {what}", f"{who} has had {what}", f"{what} in {who}"])
     rest = [f"{rng.choice(['it is', 'caller calls it'])} {say(call.severity)}", *call.distractors]
-    for flag in call.flags:
-        rest.append(f"{rng.choice(['reports', 'describes'])} {say(flag)}")
+    for fact in call.flags + call.cues + call.modifiers:
+        if fact not in AGES:  # the opening tells the age
+            rest.append(f"{rng.choice(['reports', 'describes', 'mentions'])} {say(fact)}")
     for flag in call.denied:
         rest.append(f"{rng.choice(['denies', 'is free of'])} {say(flag)}")
-    for cue in call.cues:
-        rest.append(f"{rng.choice(['mentions', 'notes'])} {say(cue)}")
-    for modifier in call.modifiers:
-        if modifier not in AGES:  # the opening tells the age
-            rest.append(f"background of {say(modifier)}")
     rng.shuffle(rest)
     return sentences([opening, *rest])
 
 
-# ---- The simulated nurse line: a rationale in three voices. `wording` 0 is the usual one, -1 the
-# nurse's. If the tier is not the rule's, the nurse had reasons that the note does not hold.
+# ---- The simulated nurse line: a rationale for a call and a tier, in three voices. If the tier is
+# not the rule's, the nurse had reasons that no note holds, and the rationale says so.
 def llm_rationale(call: Call, tier: int, ending: str) -> str:
     """Sentences with a reason for each step of the rule."""
     if call.flags:
-        steps = [f"{call.flags[0]} can mean {RED_FLAGS[call.flags[0]].reason}"]
+        steps = [f"{call.flags[0]} can mean {RED_FLAGS[call.flags[0]].reasons[0]}"]
     else:
         long = " for over a week" if call.days > LONG_DAYS else ""
         steps = [f"{call.complaint} is {call.severity}{long}"]
         steps += [f"the caller denies {flag}" for flag in call.denied]
         steps += [f"{cue} is reassuring" for cue in call.cues]
     steps += [f"{modifier} raises the risk" for modifier in call.modifiers]
-    return sentences(steps + closing(call, tier, ending, wording=0))
+    return sentences(steps + closing(call, tier, ending, 0))
 
 
-def nurse_rationale(call: Call, tier: int, ending: str) -> str:
+def nurse_rationale(call: Call, tier: int, ending: str, wording: int = -1) -> str:
     """Abbreviations, and often no label at the end, where the facts argue for it."""
-    suspected = [f"r/o {RED_FLAGS[flag].suspect}" for flag in call.flags[:1]]
-    return sentences(stated(call, suspected, wording=-1) + closing(call, tier, ending, wording=-1))
+    steps = [f"{PHRASES[call.complaint][wording]}, {PHRASES[call.severity][wording]}"]
+    if call.days > LONG_DAYS:
+        steps[0] += f", {PHRASES['over a week'][wording]}"
+    if call.flags:
+        steps[0] += f", suspect {RED_FLAGS[call.flags[0]].reasons[wording]}"
+    steps += [f"denies {PHRASES[flag][wording]}" for flag in call.denied]
+    reasons = call.flags[:1] or call.cues
+    steps += [PHRASES[fact][wording] for fact in reasons + call.modifiers]
+    return sentences(steps + closing(call, tier, ending, wording))
 
 
 def post_rationale(call: Call, tier: int, ending: str) -> str:
-    """The nurse's rationale in whole words."""
-    suspected = [f"possibly {RED_FLAGS[flag].reason}" for flag in call.flags[:1]]
-    return sentences(stated(call, suspected, wording=0) + closing(call, tier, ending, wording=0))
-
-
-def stated(call: Call, suspected: list[str], wording: int) -> list[str]:
-    """The facts that decide, in a nurse's order."""
-    opening = [PHRASES[call.complaint][wording], PHRASES[call.severity][wording], *suspected]
-    if call.days > LONG_DAYS:
-        opening.insert(2, PHRASES["over a week"][wording])
-    facts = call.flags[:1] + call.modifiers if call.flags else call.cues + call.modifiers
-    denied = [f"denies {PHRASES[flag][wording]}" for flag in call.denied]
-    return [", ".join(opening), *denied, *(PHRASES[fact][wording] for fact in facts)]
+    """The nurse's rationale, post-processed: in the usual words, with an end."""
+    return nurse_rationale(call, tier, ending, wording=0)
 
 
 def closing(call: Call, tier: int, ending: str, wording: int) -> list[str]:
@@ -306,7 +298,8 @@ def draw_cases(n: int, override: float, seed: str) -> list[tuple[Call, str, int]
         note = write_note(call, rng)
         rule = triage_tier(call.facts())
         neighbour = rng.choice([tier for tier in (rule - 1, rule + 1) if 0 <= tier <= 4])
-        cases.append((call, note, neighbour if rng.random() < override else rule))
+        tier = neighbour if rng.random() < override else rule
+        cases.append((call, note, tier))
     return cases
 
 
@@ -342,7 +335,8 @@ def simulate(
         stage1_train = explained("train", stage1_rationales)
         stage1_val = explained("val", stage1_rationales)
     # The reference explainer knows the rule and always ends in the likelier way.
-    likelier = {max(ENDINGS[rationales], key=ENDINGS[rationales].get): 1}
+    shares = ENDINGS[rationales]
+    likelier = {max(shares, key=shares.get): 1}
     by_rule = [(call, note, triage_tier(call.facts())) for call, note, _ in cases["test"]]
     ceiling = explain(by_rule, rationales, likelier, "")
     ceiling_gold = explain(cases["test"], rationales, likelier, "")
@@ -366,7 +360,7 @@ def read_facts(text: str) -> set[str]:
             facts.add(FACT_OF[wording])
         for wording in ANY_FACT.findall("".join(denied)):
             facts.add(f"no {FACT_OF[wording]}")
-        for number, unit in re.findall(r"(\d+) (day|month|year)", sentence):
+        for number, unit in re.findall(r"(\d{1,4}) (day|month|year)", sentence):
             if unit == "day" and int(number) > LONG_DAYS:
                 facts.add("over a week")
             elif unit == "month":
@@ -393,107 +387,89 @@ def ungrounded(text: str, question: str) -> list[str]:
     return sorted(read_facts(text) - read_facts(question) - set(DISPOSITIONS))
 
 
-# ---- Files: every fault in them is an InputError that names the place.
+# ---- Files. Whatever is wrong in them becomes an InputError that names the place.
 COLUMNS = ["question", "label", "rationale"]
+FAULTS = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error)
 
 
-def make_example(record: object, where: str) -> Example:
+def make_example(record: dict) -> Example:
     """A record with the three columns -> Example. Only the rationale may be empty."""
     texts = []
     for column in COLUMNS:
-        text = record.get(column) if isinstance(record, dict) else None
+        text = record.get(column)
         if not isinstance(text, str):
-            raise InputError(f"{where}: no text as '{column}'; a record needs {', '.join(COLUMNS)}")
-        if re.search("[\ud800-\udfff]", text):
-            raise InputError(f"{where}: '{column}' holds half a character (a surrogate); delete it")
+            raise ValueError(f"no text as '{column}'")
         if not text.strip() and column != "rationale":
-            raise InputError(f"{where}: '{column}' is empty; fill it in or delete the record")
+            raise ValueError(f"'{column}' is empty")
+        text.encode()  # half a character (a lone surrogate) is a ValueError
         texts.append(text.strip())
     return Example(*texts)
 
 
-def read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # -sig: without Excel's byte order mark
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}; give --data a UTF-8 file or a folder") from None
-    if not text.strip() or "\0" in text:
-        raise InputError(f"{path}: empty, or not text (NUL bytes); save it as UTF-8")
-    return text
-
-
-def parse_json(text: str, where: str) -> object:
+def parse_json(text: str) -> object:
     def refuse_twins(pairs: list) -> dict:  # json would keep the last of two equal keys
         if len(dict(pairs)) < len(pairs):
             raise ValueError("a key occurs twice in one object")
         return dict(pairs)
 
-    try:
-        return json.loads(text, object_pairs_hook=refuse_twins)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON ({error}); mend or delete it") from None
+    return json.loads(text, object_pairs_hook=refuse_twins)
 
 
-def read_csv(text: str, path: Path) -> dict[str, dict]:
-    """The rows of a CSV file by their line."""
-    csv.field_size_limit(2**31 - 1)  # the default, 131072, is too short for articles
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    records = {}
-    try:
-        if len(set(rows.fieldnames)) < len(rows.fieldnames):
-            raise csv.Error("a column occurs twice")
-        for row in rows:
-            if None in row or None in row.values():
-                raise csv.Error("not as many fields as columns")
-            records[f"line {rows.line_num}"] = row
-    except csv.Error as error:
-        where = f"{path}: line {rows.reader.line_num}"
-        raise InputError(f"{where}: {error}; put texts in double quotes") from None
-    return records
+def pubmedqa_record(item: dict) -> dict:
+    texts = [item["QUESTION"]] + item["CONTEXTS"]
+    label, rationale = item["final_decision"], item["LONG_ANSWER"]
+    return {"question": " ".join(texts), "label": label, "rationale": rationale}
 
 
-def read_json(text: str, path: Path) -> dict[str, dict]:
-    """PubMedQA's ori_pqal.json by its ids, or the yes/no questions of a BioASQ Task B file."""
-    content = parse_json(text, str(path))
-    records, place = {}, "top level"
-    try:
-        if "questions" in content:
-            for number, item in enumerate(content["questions"], 1):
-                place = f"question {number}"
-                if item["type"] == "yesno":
-                    texts = [item["body"]] + [snippet["text"] for snippet in item["snippets"]]
-                    answer = item["ideal_answer"]
-                    if isinstance(answer, list):  # newer files give several
-                        answer = answer[0]
-                    values = [" ".join(texts), item["exact_answer"].lower(), answer]
-                    records[place] = dict(zip(COLUMNS, values, strict=True))
-        else:
-            for place, item in content.items():
-                question = " ".join([item["QUESTION"]] + item["CONTEXTS"])
-                values = [question, item["final_decision"], item["LONG_ANSWER"]]
-                records[place] = dict(zip(COLUMNS, values, strict=True))
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
-        hint = "a .json file must be PubMedQA's or BioASQ's own; name others .jsonl"
-        raise InputError(f"{path}: {place}: {error!r}; {hint}") from None
-    return records
+def bioasq_record(item: dict) -> dict:
+    texts = [item["body"]] + [snippet["text"] for snippet in item["snippets"]]
+    label, rationale = item["exact_answer"].lower(), item["ideal_answer"]
+    if isinstance(rationale, list):  # newer files give several
+        rationale = rationale[0]
+    return {"question": " ".join(texts), "label": label, "rationale": rationale}
 
 
 def read_file(path: Path) -> dict[str, Example]:
     """The examples of a file by their place in it; PubMedQA's by their ids."""
-    text = read_text(path)
-    if path.suffix == ".csv":
-        records = read_csv(text, path)
-    elif path.suffix == ".json":
-        records = read_json(text, path)
-    elif path.suffix == ".jsonl":
-        records = {}
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
+    csv.field_size_limit(2**31 - 1)  # the default, 131072, is too short for articles
+    hint = f"each record needs {', '.join(COLUMNS)} as UTF-8 text"
+    place, examples = "the file", {}
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # -sig: without Excel's byte order mark
+        if not text.strip() or "\0" in text:
+            raise ValueError("it is empty, or no text")
+        if path.suffix == ".jsonl":
+            for number, line in enumerate(text.split("\n"), 1):
                 place = f"line {number}"
-                records[place] = parse_json(line, f"{path}: {place}")
-    else:
-        raise InputError(f"{path}: unknown format; name it .jsonl, .csv or .json")
-    return {place: make_example(record, f"{path}: {place}") for place, record in records.items()}
+                if line.strip():
+                    examples[place] = make_example(parse_json(line))
+        elif path.suffix == ".csv":
+            rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            if len(set(rows.fieldnames)) < len(rows.fieldnames):
+                raise ValueError("a column occurs twice")
+            place = "after line 1"
+            for row in rows:
+                place = f"line {rows.line_num}"
+                if None in row or None in row.values():
+                    raise ValueError("not as many fields as columns; quote texts with commas")
+                examples[place] = make_example(row)
+                place = f"after line {rows.line_num}"
+        elif path.suffix == ".json":
+            hint = "a .json file must be PubMedQA's or BioASQ's own; name others .jsonl or .csv"
+            content = parse_json(text)
+            if "questions" not in content:  # PubMedQA's ori_pqal.json
+                for place, item in content.items():
+                    examples[place] = make_example(pubmedqa_record(item))
+            else:  # BioASQ Task B, whose other questions have no single label
+                for number, item in enumerate(content["questions"], 1):
+                    place = f"question {number}"
+                    if item["type"] == "yesno":
+                        examples[place] = make_example(bioasq_record(item))
+        else:
+            raise ValueError("its name must end in .jsonl, .csv or .json")
+    except FAULTS as error:
+        raise InputError(f"{path}: {place}: {type(error).__name__}: {error}; {hint}") from None
+    return examples
 
 
 def read_splits(path: Path, seed: int) -> list[list[Example]]:
@@ -516,11 +492,14 @@ def read_splits(path: Path, seed: int) -> list[list[Example]]:
     n_test = n_val = len(places) // 10
     truth = path.with_name("test_ground_truth.json")
     if path.suffix == ".json" and os.path.exists(truth):
-        official = parse_json(read_text(truth), str(truth))
-        if not isinstance(official, dict) or official.keys().isdisjoint(places):
-            raise InputError(f"{truth}: no id of {path.name} in it; move it elsewhere")
+        try:
+            official = parse_json(truth.read_text(encoding="utf-8")).keys() & examples.keys()
+        except FAULTS:
+            official = set()
+        if not official:
+            raise InputError(f"{truth}: no id of {path.name} in it; mend it or move it elsewhere")
         places.sort(key=lambda place: place not in official)  # the official test ids first
-        n_test = len(official.keys() & examples.keys())
+        n_test = len(official)
         n_val = (len(places) - n_test) // 10
     shuffled = [examples[place] for place in places]
     test, rest = shuffled[:n_test], shuffled[n_test:]
