@@ -289,18 +289,14 @@ def closing(call: Call, tier: int, ending: str, wording: int) -> list[str]:
 VOICES = {"llm": llm_rationale, "nurse": nurse_rationale, "post": post_rationale}
 
 
-def draw_cases(n: int, override: float, seed: str) -> list[tuple[Call, str, int]]:
-    """`n` calls, each with its note and the tier that the nurse decides on."""
-    rng = random.Random(seed)  # seeded by a string: the same calls on every machine
-    cases = []
-    for _ in range(n):
-        call = draw_call(rng)
-        note = write_note(call, rng)
-        rule = triage_tier(call.facts())
-        neighbour = rng.choice([tier for tier in (rule - 1, rule + 1) if 0 <= tier <= 4])
-        tier = neighbour if rng.random() < override else rule
-        cases.append((call, note, tier))
-    return cases
+def draw_case(rng: random.Random, override: float) -> tuple[Call, str, int]:
+    """A call, its note and the tier that the nurse decides on."""
+    call = draw_call(rng)
+    note = write_note(call, rng)
+    rule = triage_tier(call.facts())
+    neighbour = rng.choice([tier for tier in (rule - 1, rule + 1) if 0 <= tier <= 4])
+    tier = neighbour if rng.random() < override else rule
+    return call, note, tier
 
 
 def explain(cases: list, voice: str, endings: dict[str, float], seed: str) -> list[Example]:
@@ -324,16 +320,15 @@ def simulate(
     """
     cases = {}
     for split, size in sizes.items():
-        cases[split] = draw_cases(size, override, f"{seed} {split}")
+        rng = random.Random(f"{seed} {split}")  # a string: the same calls on every machine
+        cases[split] = [draw_case(rng, override) for _ in range(size)]
 
+    @functools.cache  # if both stages have one voice, nothing is written twice
     def explained(split: str, voice: str) -> list[Example]:
         return explain(cases[split], voice, ENDINGS[voice], f"{seed} {split} {voice}")
 
-    train, val, test = [explained(split, rationales) for split in sizes]
-    stage1_train, stage1_val = train, val
-    if stage1_rationales != rationales:
-        stage1_train = explained("train", stage1_rationales)
-        stage1_val = explained("val", stage1_rationales)
+    train, val, test = [explained(split, rationales) for split in ("train", "val", "test")]
+    stage1_train, stage1_val = [explained(split, stage1_rationales) for split in ("train", "val")]
     # The reference explainer knows the rule and always ends in the likelier way.
     shares = ENDINGS[rationales]
     likelier = {max(shares, key=shares.get): 1}
