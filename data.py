@@ -1,24 +1,25 @@
-"""Text in, batches out: examples, the simulated nurse line, file readers, tokenizer, prompts.
+"""Text in, numbers out: examples, the simulated nurse line, readers of files, tokenizer, batches.
 
 The default data are SIMULATED and are not medical advice. The paper's notes are private, so a
 generator stands in: it draws the facts of a call, a rule makes the label from the facts, and note
 and rationale are written from them. As facts can be read back, a rationale is checked exactly.
 """
 
+import contextlib
 import csv
-import functools
 import io
 import json
 import os
 import random
 import re
 from collections import Counter, namedtuple
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import sentencepiece
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 class InputError(ValueError):
@@ -131,36 +132,32 @@ IMPLIED = {  # what a rationale says instead of a label's name; the nurse's last
 for name, row in (COMPLAINTS | RED_FLAGS).items():
     PHRASES[name] = [name, row.other, row.short]
 CUES = ["a good appetite", "pain only on pressure", "a known pattern", "slow improvement"]
-AGES = ["older age", "very young age"]
+AGES = ["very young age", "older age"]
 MODIFIERS = [*AGES, "a pregnancy", "a weak immune system", "a blood thinner"]
 DISTRACTORS = ["has a dog", "works nights", "plays chess", "moved house", "asks about a flu shot"]
 DISPOSITIONS = list(IMPLIED)  # tiers 0 to 4
-ENDINGS = {  # how the rationales of a voice end, in shares
-    "llm": {"named": 0.75, "implied": 0.25},
-    "nurse": {"left out": 0.4, "implied": 0.36, "named": 0.24},
-    "post": {"implied": 0.6, "named": 0.4},
-}
-OLD_YEARS, LONG_DAYS = 75, 7
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
-    """The facts of one call. Label, note and rationales are made from them."""
+    """The facts of one call. Note, label and rationales are made from them."""
 
     complaint: str
     severity: str
     days: int
-    person: str  # "a woman of 58 years"
     flags: list[str]  # the red flags, the worst first
-    denied: list[str]  # red flags that the caller denies; of this and the rest one or none
+    denied: list[str]  # a red flag that the caller denies, or none; likewise the next two
     cues: list[str]
     modifiers: list[str]
-    distractors: list[str]
+    ending: float  # from 0 to 1: does a rationale name its label, or imply it?
 
     def facts(self) -> set[str]:
         facts = {self.complaint, self.severity, *self.flags, *self.cues, *self.modifiers}
-        facts.update(f"no {flag}" for flag in self.denied)
-        return facts | {"over a week"} if self.days > LONG_DAYS else facts
+        if self.days > 7:
+            facts.add("over a week")
+        for flag in self.denied:
+            facts.add(f"no {flag}")
+        return facts
 
 
 def triage_tier(facts: set[str]) -> int:
@@ -185,34 +182,27 @@ def triage_tier(facts: set[str]) -> int:
     return tier
 
 
+def maybe(rng: random.Random, share: float, options: list[str]) -> list[str]:
+    """In this share of the calls one of the options, else none."""
+    return [rng.choice(options)] if rng.random() < share else []
+
+
 def draw_call(rng: random.Random) -> Call:
     """One call, with red flags and a cue that fit its complaint."""
-
-    def maybe(share: float, options: list[str]) -> list[str]:
-        return [rng.choice(options)] if rng.random() < share else []
-
     complaint = rng.choice(list(COMPLAINTS))
     group = GROUPS[COMPLAINTS[complaint].group]
     weights = [6 - RED_FLAGS[flag].tier for flag in group]  # the worse, the rarer
     drawn = rng.choices(group, weights, k=rng.choices([0, 1, 2], [48, 40, 12])[0])
-    flags = [flag for flag in group if flag in drawn]
-    denied = maybe(0.15, [flag for flag in group if flag not in drawn])
-    severity = rng.choices(["mild", "moderate", "severe"], [46, 36, 18])[0]
-    days = rng.randint(2, LONG_DAYS) if rng.random() < 0.75 else rng.randint(LONG_DAYS + 1, 20)
-    modifiers = maybe(0.3, MODIFIERS)
-    sex = rng.choice(["woman", "man"])
-    person = f"a {sex} of {rng.randint(18, OLD_YEARS - 1)} years"
-    if "older age" in modifiers:
-        person = f"a {sex} of {rng.randint(OLD_YEARS, 99)} years"
-    elif "a pregnancy" in modifiers:
-        person = f"a woman of {rng.randint(18, 44)} years"
-    elif "very young age" in modifiers and complaint == "anxiety":
-        modifiers = []  # babies have none
-    elif "very young age" in modifiers:
-        person = f"a baby of {rng.randint(2, 11)} months"
-    cues = maybe(0.3, [COMPLAINTS[complaint].cue])
-    distractors = maybe(0.5, DISTRACTORS)
-    return Call(complaint, severity, days, person, flags, denied, cues, modifiers, distractors)
+    return Call(
+        complaint=complaint,
+        severity=rng.choices(["mild", "moderate", "severe"], [46, 36, 18])[0],
+        days=rng.randint(2, 7) if rng.random() < 0.75 else rng.randint(8, 20),
+        flags=[flag for flag in group if flag in drawn],
+        denied=maybe(rng, 0.15, [flag for flag in group if flag not in drawn]),
+        cues=maybe(rng, 0.3, [COMPLAINTS[complaint].cue]),
+        modifiers=maybe(rng, 0.3, MODIFIERS[complaint == "anxiety" :]),  # a baby has none
+        ending=rng.random(),
+    )
 
 
 def sentences(parts: list[str]) -> str:
@@ -225,13 +215,19 @@ def write_note(call: Call, rng: random.Random) -> str:
     def say(fact: str) -> str:
         return rng.choice(PHRASES[fact][:-1])
 
-    who = call.person
+    who = f"{rng.choice(['a woman', 'a man'])} of {rng.randint(18, 74)} years"
+    if "older age" in call.modifiers:
+        who = f"{rng.choice(['a woman', 'a man'])} of {rng.randint(75, 99)} years"
+    elif "a pregnancy" in call.modifiers:
+        who = f"a woman of {rng.randint(18, 44)} years"
+    elif "very young age" in call.modifiers:
+        who = f"a baby of {rng.randint(2, 11)} months"
     what = f"{say(call.complaint)} for {call.days} days"
     opening = rng.choice([f"{who} with {what}", f"{who} has had {what}", f"{what} in {who}"])
-    rest = [f"{rng.choice(['it is', 'caller calls it'])} {say(call.severity)}", *call.distractors]
+    rest = [f"{rng.choice(['it is', 'caller calls it'])} {say(call.severity)}"]
+    rest += maybe(rng, 0.5, DISTRACTORS)
     for fact in call.flags + call.cues + call.modifiers:
-        if fact not in AGES:  # the opening tells the age
-            rest.append(f"{rng.choice(['reports', 'describes', 'mentions'])} {say(fact)}")
+        rest.append(f"{rng.choice(['reports', 'describes', 'mentions'])} {say(fact)}")
     for flag in call.denied:
         rest.append(f"{rng.choice(['denies', 'is free of'])} {say(flag)}")
     rng.shuffle(rest)
@@ -240,102 +236,81 @@ def write_note(call: Call, rng: random.Random) -> str:
 
 # ---- The simulated nurse line: a rationale for a call and a tier, in three voices. If the tier is
 # not the rule's, the nurse had reasons that no note holds, and the rationale says so.
-def llm_rationale(call: Call, tier: int, ending: str) -> str:
+def llm_rationale(call: Call, tier: int, named: bool) -> str:
     """Sentences with a reason for each step of the rule."""
     if call.flags:
         steps = [f"{call.flags[0]} can mean {RED_FLAGS[call.flags[0]].reasons[0]}"]
     else:
-        long = " for over a week" if call.days > LONG_DAYS else ""
+        long = " for over a week" if call.days > 7 else ""
         steps = [f"{call.complaint} is {call.severity}{long}"]
         steps += [f"the caller denies {flag}" for flag in call.denied]
         steps += [f"{cue} is reassuring" for cue in call.cues]
     steps += [f"{modifier} raises the risk" for modifier in call.modifiers]
-    return sentences(steps + closing(call, tier, ending, 0))
+    return sentences(steps + closing(call, tier, named, 0))
 
 
-def nurse_rationale(call: Call, tier: int, ending: str, wording: int = -1) -> str:
-    """Abbreviations, and often no label at the end, where the facts argue for it."""
+def nurse_rationale(call: Call, tier: int, named: bool, wording: int = -1) -> str:
+    """The facts alone, in the nurse's abbreviations."""
     steps = [f"{PHRASES[call.complaint][wording]}, {PHRASES[call.severity][wording]}"]
-    if call.days > LONG_DAYS:
+    if call.days > 7:
         steps[0] += f", {PHRASES['over a week'][wording]}"
     if call.flags:
         steps[0] += f", suspect {RED_FLAGS[call.flags[0]].reasons[wording]}"
     steps += [f"denies {PHRASES[flag][wording]}" for flag in call.denied]
     reasons = call.flags[:1] or call.cues
     steps += [PHRASES[fact][wording] for fact in reasons + call.modifiers]
-    return sentences(steps + closing(call, tier, ending, wording))
+    return sentences(steps + closing(call, tier, named, wording))
 
 
-def post_rationale(call: Call, tier: int, ending: str) -> str:
-    """The nurse's rationale, post-processed: in the usual words, with an end."""
-    return nurse_rationale(call, tier, ending, wording=0)
+def post_rationale(call: Call, tier: int, named: bool) -> str:
+    """The nurse's rationale, post-processed: in the usual words."""
+    return nurse_rationale(call, tier, named, wording=0)
 
 
-def closing(call: Call, tier: int, ending: str, wording: int) -> list[str]:
-    """Any override of the rule, and the label: named, implied or left out."""
+def closing(call: Call, tier: int, named: bool, wording: int) -> list[str]:
+    """Any override of the rule; then the label, named or implied."""
     label = DISPOSITIONS[tier]
-    advice = "the advice is: " if wording == 0 else ""
+    advice = label if named else IMPLIED[label][wording]
     rule = triage_tier(call.facts())
-    steps = []
-    if tier != rule:
-        steps.append(f"one level {'up' if tier > rule else 'down'} on judgement")
-    if ending == "named":
-        steps.append(advice + label)
-    elif ending == "implied" or tier != rule:  # left out, the facts would argue for the rule
-        steps.append(advice + IMPLIED[label][wording])
-    return steps
+    if tier == rule:
+        return [f"the advice is: {advice}"]
+    return [f"one level {'up' if tier > rule else 'down'} on judgement", f"the advice is: {advice}"]
 
 
 VOICES = {"llm": llm_rationale, "nurse": nurse_rationale, "post": post_rationale}
+NAMED = {"llm": 0.75, "nurse": 0.4, "post": 0.4}  # share of rationales that name their label
 
 
-def draw_case(rng: random.Random, override: float) -> tuple[Call, str, int]:
-    """A call, its note and the tier that the nurse decides on."""
-    call = draw_call(rng)
-    note = write_note(call, rng)
-    rule = triage_tier(call.facts())
-    neighbour = rng.choice([tier for tier in (rule - 1, rule + 1) if 0 <= tier <= 4])
-    tier = neighbour if rng.random() < override else rule
-    return call, note, tier
+def explain(call: Call, note: str, tier: int, voice: str, ending: float) -> Example:
+    """The note as an example, with a rationale for this tier."""
+    rationale = VOICES[voice](call, tier, named=ending < NAMED[voice])
+    return Example(note, DISPOSITIONS[tier], rationale)
 
 
-def explain(cases: list, voice: str, endings: dict[str, float], seed: str) -> list[Example]:
-    """The cases as examples, with rationales in one voice whose endings have these shares."""
-    rng = random.Random(seed)
-    examples = []
-    for call, note, tier in cases:
-        ending = rng.choices(list(endings), endings.values())[0]
-        rationale = VOICES[voice](call, tier, ending)
-        examples.append(Example(note, DISPOSITIONS[tier], rationale))
-    return examples
-
-
-def simulate(
-    sizes: dict[str, int], override: float, seed: int, rationales: str, stage1_rationales: str
-) -> Dataset:
-    """The simulated nurse line; `sizes` of train, val and test.
+def simulate(sizes: dict[str, int], override: float, seed: int, voice: str, stage1: str) -> Dataset:
+    """The simulated nurse line; `sizes` of train, val and test, the voices of both stages.
 
     In a share `override` of the calls the nurse decides one level above or below the rule, for
     reasons that the note does not hold. Notes and labels do not depend on the voices.
     """
-    cases = {}
+    data = Dataset([], [], [], DISPOSITIONS, [], [], [], [])
     for split, size in sizes.items():
-        rng = random.Random(f"{seed} {split}")  # a string: the same calls on every machine
-        cases[split] = [draw_case(rng, override) for _ in range(size)]
-
-    @functools.cache  # if both stages have one voice, nothing is written twice
-    def explained(split: str, voice: str) -> list[Example]:
-        return explain(cases[split], voice, ENDINGS[voice], f"{seed} {split} {voice}")
-
-    train, val, test = [explained(split, rationales) for split in ("train", "val", "test")]
-    stage1_train, stage1_val = [explained(split, stage1_rationales) for split in ("train", "val")]
-    # The reference explainer knows the rule and always ends in the likelier way.
-    shares = ENDINGS[rationales]
-    likelier = {max(shares, key=shares.get): 1}
-    by_rule = [(call, note, triage_tier(call.facts())) for call, note, _ in cases["test"]]
-    ceiling = explain(by_rule, rationales, likelier, "")
-    ceiling_gold = explain(cases["test"], rationales, likelier, "")
-    return Dataset(train, val, test, DISPOSITIONS, stage1_train, stage1_val, ceiling, ceiling_gold)
+        rng = random.Random(f"{seed} {split}")  # a text: the same calls on every machine
+        for _ in range(size):
+            call = draw_call(rng)
+            note = write_note(call, rng)
+            rule = triage_tier(call.facts())
+            tier = rule
+            if rng.random() < override:
+                tier = rng.choice([t for t in (rule - 1, rule + 1) if 0 <= t <= 4])
+            getattr(data, split).append(explain(call, note, tier, voice, call.ending))
+            if split == "test":  # the reference explainer always takes the likelier ending
+                data.ceiling.append(explain(call, note, rule, voice, 0.5))
+                data.ceiling_gold.append(explain(call, note, tier, voice, 0.5))
+            else:
+                stage1_split = getattr(data, f"stage1_{split}")
+                stage1_split.append(explain(call, note, tier, stage1, call.ending))
+    return data
 
 
 # ---- The simulated nurse line: reading facts back, for checking a rationale.
@@ -355,25 +330,15 @@ def read_facts(text: str) -> set[str]:
             facts.add(FACT_OF[wording])
         for wording in ANY_FACT.findall("".join(denied)):
             facts.add(f"no {FACT_OF[wording]}")
-        for number, unit in re.findall(r"(\d{1,4}) (day|month|year)", sentence):
-            if unit == "day" and int(number) > LONG_DAYS:
+        for number in re.findall(r"for (\d{1,4}) days", sentence):
+            if int(number) > 7:
                 facts.add("over a week")
-            elif unit == "month":
-                facts.add("very young age")
-            elif unit == "year" and int(number) >= OLD_YEARS:
-                facts.add("older age")
     return facts
 
 
 def argues_for(text: str) -> str | None:
-    """The disposition that a rationale names or implies, or else the rule's for its facts.
-
-    None where it argues for several, or states nothing.
-    """
-    facts = read_facts(text)
-    labels = facts.intersection(DISPOSITIONS)
-    if facts and not labels:
-        labels = {DISPOSITIONS[triage_tier(facts)]}
+    """The disposition that a rationale names or implies; None where it is not exactly one."""
+    labels = read_facts(text).intersection(DISPOSITIONS)
     return labels.pop() if len(labels) == 1 else None
 
 
@@ -382,88 +347,73 @@ def ungrounded(text: str, question: str) -> list[str]:
     return sorted(read_facts(text) - read_facts(question) - set(DISPOSITIONS))
 
 
-# ---- Files. Whatever is wrong in them becomes an InputError that names the place.
-COLUMNS = ["question", "label", "rationale"]
+# ---- Files.
+def write_file(path: Path, content: bytes) -> None:
+    """Write under another name first: the file is never half there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file of a run becomes one InputError."""
+    try:
+        yield
+    except Exception as e:  # a missing or damaged file raises half a dozen types
+        raise InputError(
+            f"{path}: not a file of this run ({type(e).__name__}); delete it"
+        ) from None
+
+
 FAULTS = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error)
 
 
-def make_example(record: dict) -> Example:
-    """A record with the three columns -> Example. Only the rationale may be empty."""
-    texts = []
-    for column in COLUMNS:
-        text = record.get(column)
-        if not isinstance(text, str):
-            raise ValueError(f"no text as '{column}'")
-        if not text.strip() and column != "rationale":
-            raise ValueError(f"'{column}' is empty")
-        text.encode()  # half a character (a lone surrogate) is a ValueError
-        texts.append(text.strip())
-    return Example(*texts)
-
-
-def parse_json(text: str) -> object:
-    def refuse_twins(pairs: list) -> dict:  # json would keep the last of two equal keys
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key occurs twice in one object")
-        return dict(pairs)
-
-    return json.loads(text, object_pairs_hook=refuse_twins)
-
-
-def pubmedqa_record(item: dict) -> dict:
-    texts = [item["QUESTION"]] + item["CONTEXTS"]
-    label, rationale = item["final_decision"], item["LONG_ANSWER"]
-    return {"question": " ".join(texts), "label": label, "rationale": rationale}
-
-
-def bioasq_record(item: dict) -> dict:
-    texts = [item["body"]] + [snippet["text"] for snippet in item["snippets"]]
-    label, rationale = item["exact_answer"].lower(), item["ideal_answer"]
-    if isinstance(rationale, list):  # newer files give several
-        rationale = rationale[0]
-    return {"question": " ".join(texts), "label": label, "rationale": rationale}
+def read_records(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Place, question, label and rationale of each record; the suffix tells the format."""
+    csv.field_size_limit(2**31 - 1)  # the default, 131072, is too short for articles
+    text = path.read_text(encoding="utf-8-sig")  # -sig: without Excel's byte order mark
+    if path.suffix == ".csv":
+        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        for row in rows:
+            if None in row:
+                raise ValueError("more fields than columns; put texts in double quotes")
+            yield f"line {rows.line_num}", [row["question"], row["label"], row["rationale"]]
+    elif path.suffix == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                row = json.loads(line)
+                yield f"line {number}", [row["question"], row["label"], row["rationale"]]
+    else:
+        content = json.loads(text)
+        for number, item in enumerate(content.get("questions", [])):  # BioASQ, Task B
+            if item["type"] == "yesno":
+                texts = [item["body"]] + [snippet["text"] for snippet in item["snippets"]]
+                answer = item["ideal_answer"]
+                if isinstance(answer, list):  # newer files give several
+                    answer = answer[0]
+                yield f"question {number}", [" ".join(texts), item["exact_answer"].lower(), answer]
+        if "questions" not in content:  # PubMedQA's ori_pqal.json
+            for key, item in content.items():
+                question = " ".join([item["QUESTION"], *item["CONTEXTS"]])
+                yield key, [question, item["final_decision"], item["LONG_ANSWER"]]
 
 
 def read_file(path: Path) -> dict[str, Example]:
     """The examples of a file by their place in it; PubMedQA's by their ids."""
-    csv.field_size_limit(2**31 - 1)  # the default, 131072, is too short for articles
-    hint = f"each record needs {', '.join(COLUMNS)} as UTF-8 text"
-    place, examples = "the file", {}
+    examples = {}
+    place = "the start"
     try:
-        text = path.read_text(encoding="utf-8-sig")  # -sig: without Excel's byte order mark
-        if not text.strip() or "\0" in text:
-            raise ValueError("it is empty, or no text")
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(text.split("\n"), 1):
-                place = f"line {number}"
-                if line.strip():
-                    examples[place] = make_example(parse_json(line))
-        elif path.suffix == ".csv":
-            rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-            if len(set(rows.fieldnames)) < len(rows.fieldnames):
-                raise ValueError("a column occurs twice")
-            place = "after line 1"
-            for row in rows:
-                place = f"line {rows.line_num}"
-                if None in row or None in row.values():
-                    raise ValueError("not as many fields as columns; quote texts with commas")
-                examples[place] = make_example(row)
-                place = f"after line {rows.line_num}"
-        elif path.suffix == ".json":
-            hint = "a .json file must be PubMedQA's or BioASQ's own; name others .jsonl or .csv"
-            content = parse_json(text)
-            if "questions" not in content:  # PubMedQA's ori_pqal.json
-                for place, item in content.items():
-                    examples[place] = make_example(pubmedqa_record(item))
-            else:  # BioASQ Task B, whose other questions have no single label
-                for number, item in enumerate(content["questions"], 1):
-                    place = f"question {number}"
-                    if item["type"] == "yesno":
-                        examples[place] = make_example(bioasq_record(item))
-        else:
-            raise ValueError("its name must end in .jsonl, .csv or .json")
+        for place, (question, label, rationale) in read_records(path):
+            example = Example(question.strip(), label.strip(), rationale.strip())
+            repr(example).encode()  # half a character (a lone surrogate) is a ValueError
+            if not example.question or not example.label:
+                raise ValueError("question or label is empty")
+            examples[place] = example
     except FAULTS as error:
-        raise InputError(f"{path}: {place}: {type(error).__name__}: {error}; {hint}") from None
+        problem = f"{type(error).__name__}: {error}, at or after {place}"
+        hint = "needs question,label,rationale as UTF-8 text; .json only as PubMedQA or BioASQ"
+        raise InputError(f"{path}: {problem}; {hint}") from None
     return examples
 
 
@@ -476,7 +426,7 @@ def read_splits(path: Path, seed: int) -> list[list[Example]]:
         splits = []
         for split in ("train", "val", "test"):
             files = [path / f"{split}.jsonl", path / f"{split}.csv"]
-            files = [file for file in files if os.path.exists(file)]
+            files = [file for file in files if file.exists()]
             if len(files) != 1:
                 raise InputError(f"{path}: needs one file {split}.jsonl or {split}.csv")
             splits.append(list(read_file(files[0]).values()))
@@ -484,52 +434,45 @@ def read_splits(path: Path, seed: int) -> list[list[Example]]:
     examples = read_file(path)
     places = list(examples)
     random.Random(seed).shuffle(places)
-    n_test = n_val = len(places) // 10
+    test = places[: len(places) // 10]
     truth = path.with_name("test_ground_truth.json")
-    if path.suffix == ".json" and os.path.exists(truth):
-        try:
-            official = parse_json(truth.read_text(encoding="utf-8")).keys() & examples.keys()
-        except FAULTS:
-            official = set()
-        if not official:
-            raise InputError(f"{truth}: no id of {path.name} in it; mend it or move it elsewhere")
-        places.sort(key=lambda place: place not in official)  # the official test ids first
-        n_test = len(official)
-        n_val = (len(places) - n_test) // 10
-    shuffled = [examples[place] for place in places]
-    test, rest = shuffled[:n_test], shuffled[n_test:]
-    return [rest[n_val:], rest[:n_val], test]
+    if path.suffix == ".json" and truth.exists():
+        official = truth.read_text(encoding="utf-8", errors="replace")
+        test = [place for place in places if f'"{place}"' in official]
+    rest = [place for place in places if place not in test]
+    val = rest[: len(rest) // 9]
+    train = rest[len(val) :]
+    return [list(map(examples.get, split)) for split in (train, val, test)]
 
 
 def load_data(
-    source: str,
-    seed: int,
-    limit: int | None,
-    notes: int,
-    override: float,
-    rationales: str,
-    stage1_rationales: str,
+    source: str, seed: int, limit: int | None, notes: int, override: float, voice: str, stage1: str
 ) -> Dataset:
     """The data set named by `source`: `triage`, a file or a folder. Raises InputError."""
     if source == "triage":
         sizes = {"train": notes, "val": 500, "test": 1000}
         sizes = {split: min(size, limit or size) for split, size in sizes.items()}
-        return simulate(sizes, override, seed, rationales, stage1_rationales)
+        return simulate(sizes, override, seed, voice, stage1)
     train, val, test = [split[:limit] for split in read_splits(Path(source), seed)]
-    for name, split in (("train", train), ("val", val), ("test", test)):
-        if not split:
-            raise InputError(f"{source}: the {name} split is empty; add records")
-    if len({example.label for example in train}) == 1:
-        raise InputError(f"{source}: train has one label only, {train[0].label!r}; add another")
-    counts = Counter(example.label for example in train + val + test)
-    labels = [label for label, _ in counts.most_common()]
-    return Dataset(train, val, test, labels, train, val, [], [])
+    labels = Counter(example.label for example in train + val + test)
+    if not (train and val and test) or len(labels) == 1:
+        raise InputError(
+            f"{source}: needs examples in train, val and test, and two labels; add some"
+        )
+    return Dataset(train, val, test, list(labels), train, val, [], [])
 
 
-# ---- Tokens, prompts, batches.
-PREDICT = "predict:"
-EXPLAIN = "explain:"
-EXPLAIN_GIVEN = "given label: {label}, explain:"
+# ---- Texts, tokens, batches.
+def columns(examples: list[Example]) -> tuple[list[str], list[str], list[str]]:
+    """The questions, the gold labels and the gold rationales."""
+    questions = [example.question for example in examples]
+    labels = [example.label for example in examples]
+    return questions, labels, [example.rationale for example in examples]
+
+
+def prompts(prefix: str, questions: list[str]) -> list[str]:
+    """The prefix before each question."""
+    return [f"{prefix} {question}" for question in questions]
 
 
 class Tokenizer:
@@ -576,8 +519,15 @@ class Tokenizer:
     def __len__(self) -> int:
         return self.processor.get_piece_size()
 
-    def encode(self, text: str) -> list[int]:
-        return self.processor.encode(text)
+    def encode(self, texts: list[str], limit: int) -> torch.Tensor:
+        """Token ids with the end token, then 0: (B, longest). A text loses what passes `limit`.
+
+        An empty text is nothing but padding, so it adds nothing to a loss.
+        """
+        rows = []
+        for ids in self.processor.encode(texts):
+            rows.append(torch.tensor([*ids[: limit - 1], 1] if ids else [0]))
+        return pad_sequence(rows, batch_first=True)
 
     def decode(self, ids: list[int]) -> str:
         """Up to the end token, without padding and ids above the vocabulary, which T5 can give."""
@@ -586,44 +536,14 @@ class Tokenizer:
         return self.processor.decode([i for i in ids if 0 < i < len(self)]).strip()
 
 
-class Prompts:
-    """Token ids of the prompts (paper, section 3) and targets; each text is tokenized once.
-
-    Prefix and question meet at a space, where SentencePiece joins no pieces, so the parts give the
-    ids of the whole. A long question is cut at its end; the prefix with its label stays whole.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, max_source: int, max_target: int):
-        self.tokenizer = tokenizer
-        self.max_source = max_source
-        self.max_target = max_target
-        self.ids = functools.cache(tokenizer.encode)  # text -> list of ids
-
-    def source(self, prefix: str, question: str) -> list[int]:
-        room = max(self.max_source - len(self.ids(prefix)) - 1, 0)
-        return [*self.ids(prefix), *self.ids(question)[:room], 1]
-
-    def target(self, text: str) -> list[int]:
-        """Ends with the end token. An empty text has no tokens, so it adds nothing to a loss."""
-        return [*self.ids(text)[: self.max_target - 1], 1] if text else []
-
-
-def pad(rows: list[list[int]], device: str = "cpu") -> torch.Tensor:
-    """Rows of ids -> LongTensor (B, longest row), filled with 0 on the right."""
-    out = np.zeros((len(rows), max(1, *map(len, rows))), dtype=np.int64)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return torch.from_numpy(out).to(device)
-
-
 def batch_order(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The batches of an epoch, as lists of example numbers; the same for the same arguments.
 
     Shuffled, then sorted by length within pools of 16 batches: neighbours of one length need
     little padding. What does not fill the last batch is left out, at random.
     """
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths)).tolist()
+    rng = random.Random(f"{seed} {epoch}")
+    order = rng.sample(range(len(lengths)), len(lengths))
     full = max(len(order) // batch_size, 1) * batch_size
     order = order[:full]  # before sorting: else the longest would never be seen
     batches = []
