@@ -1,0 +1,194 @@
+"""Train several methods on the same seeds and compare them.
+
+    python notebooks/compare.py r2d sft dss --seeds 0 1 2 --out compare
+    python notebooks/compare.py r2d r2d,schedule=none r2d,no-stage1 --out compare --notes 500
+
+An ITEM is METHOD[,OPTION=VALUE...]. Further options, such as --notes, are r2d.py's and hold for
+all runs. Each run has a folder, OUT/ITEM-SEED: given again, the command skips what is finished
+and goes on with the rest. It writes OUT/compare.json and prints a table.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import r2d
+from data import InputError
+
+PLACES = {  # score -> where it stands in metrics.json
+    "macro_f1": "label macro_f1",
+    "accuracy": "label accuracy",
+    "bleu_gold": "rationale gold bleu",
+    "bleu": "rationale predicted bleu",
+    "bleu_flipped": "rationale flipped bleu",
+    "nll_gold": "rationale gold nll",
+    "nll": "rationale predicted nll",
+    "bleu_gap": "exposure bleu_gap",
+    "nll_gap": "exposure nll_gap",
+    "argues_given": "rationale predicted argues_given",
+    "argues_gold": "rationale predicted argues_gold",
+    "wrong_given": "rationale predicted_wrong argues_given",
+    "following": "exposure following",
+    "ceiling_macro_f1": "label ceiling_macro_f1",
+    "ceiling_bleu_gold": "rationale ceiling_gold bleu",
+    "ceiling_bleu": "rationale ceiling bleu",
+}
+SCORES = [*PLACES, "dose"]
+
+
+def has_stage1(options: dict) -> bool:
+    return options["method"] == "r2d" and not options["no_stage1"]
+
+
+def plan(item: str, seed: int, out: Path, further: list[str]) -> list[str]:
+    """The arguments of one run for r2d.main. Ends the program, or raises, if they are wrong."""
+    method, *changes = item.split(",")
+    own = {"method": method, "seed": seed, "out": out, "stage": 2, "ask": None}
+    arguments = [f"--method={method}", f"--seed={seed}", f"--out={out}", *further]
+    for change in changes:
+        arguments.append(f"--{change}")
+    options = vars(r2d.parse_args(arguments))
+    if not own.items() <= options.items():
+        raise InputError(f"{item}: leave out {', '.join(own)}: the comparison sets them")
+    # Equal budgets: a run without stage 1 makes stage 1's updates on top of those of stage 2.
+    if not has_stage1(options) and ",stage2" not in item:
+        options["stage2_steps"] += options["stage1_steps"]
+        arguments.append(f"--stage2-steps={options['stage2_steps']}")
+    options["out"] = out / re.sub("[^a-zA-Z0-9.-]", "_", f"{item}-{seed}")
+    arguments.append(f"--out={options['out']}")
+    saved = vars(r2d.parse_args(arguments))  # a run in the folder brings its own options
+    if not options.items() <= saved.items():
+        raise InputError(f"{options['out']}: has other options; give those, or another --out")
+    return arguments
+
+
+def find(result: dict, place: str) -> float:
+    """A score of metrics.json; nan if it is not there."""
+    for key in place.split():
+        if key not in result:
+            return math.nan
+        result = result[key]
+    return float(result)
+
+
+def dose(log: list[dict], batch_size: int) -> float:
+    """Share of stage 2's explain prompts with a wrong predicted label, 0-100; nan without any."""
+    updates = [line for line in log if line["stage"] == 2 and "loss_explain" in line]
+    wrong = sum(line["wrong_predicted"] for line in updates)
+    return 100 * wrong / (batch_size * len(updates)) if updates else math.nan
+
+
+def read_run(folder: Path) -> dict:
+    """The scores of a run, and its budget of updates: early stopping may have left some over."""
+    try:
+        result = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        log = [json.loads(line) for line in lines]
+        run = {"updates": config["stage2_steps"], "dose": dose(log, config["batch_size"])}
+        if has_stage1(config):
+            run["updates"] += config["stage1_steps"]
+        for name, place in PLACES.items():
+            run[name] = find(result, place)
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+        problem = f"a damaged file ({type(error).__name__})"
+        raise InputError(f"{folder}: {problem}; delete the folder and start again") from None
+    return run
+
+
+def over_seeds(values: np.ndarray) -> dict:
+    """Mean, 95 % interval and p of a true mean of 0 (Student's t). nan is a seed without a value.
+
+    Of differences between two items on the same seeds, this is the paired t-test.
+    """
+    values = values[np.isfinite(values)]
+    result = {"mean": None, "ci95": None, "p": None}
+    if len(values) > 0:
+        result["mean"] = float(values.mean())
+    if len(values) > 1 and np.ptp(values) > 0:  # without spread there is no t
+        test = stats.ttest_1samp(values, 0)
+        result["ci95"] = np.array(test.confidence_interval(0.95)).tolist()
+        result["p"] = float(test.pvalue)
+    return result
+
+
+def summarize(runs: dict[str, list[dict]], seeds: list[int], base: str) -> dict:
+    """What compare.json holds, from the `read_run` of each item on each seed."""
+    rows = {}
+    for item in runs:
+        rows[item] = {"updates": runs[item][0]["updates"], "seeds": seeds}
+        for name in SCORES:
+            values = np.array([run[name] for run in runs[item]])
+            others = np.array([run[name] for run in runs[base]])
+            known = [value if math.isfinite(value) else None for value in values.tolist()]
+            rows[item][name] = {"values": known, **over_seeds(values)}
+            rows[item][name][f"minus_{base}"] = over_seeds(values - others)
+    return rows
+
+
+def show(name: str, score: dict) -> str:
+    """Mean ± half of its interval."""
+    digits = 3 if name.startswith("nll") else 1
+    if score["mean"] is None:
+        return "-"
+    text = f"{score['mean']:.{digits}f}"
+    if score["ci95"] is not None:
+        low, high = score["ci95"]
+        text += f" ±{(high - low) / 2:.{digits}f}"
+    return text
+
+
+def table(rows: dict, base: str) -> str:
+    """compare.json as text, 100 columns wide: a block for each score, a line for each item."""
+    lines = [f"{'mean over seeds ± half of its 95 % interval':67}{'minus ' + base[:27]:>33}"]
+    for name in SCORES:
+        lines.append(name.replace("_", " "))
+        for item, row in rows.items():
+            difference = show(name, row[name][f"minus_{base}"])
+            lines.append(f"  {item[:50]:50}{show(name, row[name]):>15}{difference:>33}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit status: 0 done, 2 bad input, 130 stopped by Ctrl-C."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "compare.py", argparse.SUPPRESS, __doc__, formatter_class=style, allow_abbrev=False
+    )
+    parser.add_argument("items", nargs="+", metavar="ITEM", help="such as r2d,no-stage1,cap=0.5")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default 0 1 2)")
+    parser.add_argument("--out", type=Path, default="compare", help="folder (default compare)")
+    args, further = parser.parse_known_args(arguments)
+    seeds = sorted(set(args.seeds))
+    base = "r2d" if "r2d" in args.items else args.items[0]
+    runs = {item: [] for item in args.items}
+    try:
+        plans = []
+        for seed in seeds:
+            for item in runs:
+                plans.append([item, plan(item, seed, args.out, further)])
+        for item, run_arguments in plans:
+            print("\nr2d.py", *run_arguments, flush=True)
+            status = r2d.main(run_arguments)
+            if status != 0:
+                return status
+            runs[item].append(read_run(r2d.parse_args(run_arguments).out))
+        rows = summarize(runs, seeds, base)
+        content = json.dumps(rows, indent=2, allow_nan=False)
+        r2d.write_file(args.out / "compare.json", content.encode())
+    except (InputError, OSError) as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 2
+    print("\n" + table(rows, base))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""The scripts on finished runs, notebooks/: compare.py, bertscore.py, draw.py."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, changed, lines, read, write_t5
+from scipy import stats
+
+import data
+import metrics
+
+sys.path.insert(0, str(ROOT / "notebooks"))
+import bertscore
+import compare
+import draw
+
+STEPS = "--stage1-steps 2 --stage2-steps 4 --eval-every 2 --batch-size 8 --notes 20 --limit 20"
+OPTIONS = [*STEPS.split(), *"--width 32 --layers 1 --vocab-size 400 --max-target 24".split()]
+ITEMS = ["sft,stage2-steps=3,width=16", "dss", "r2d", "r2d,no-stage1,schedule=none"]
+FOLDERS = ["sft_stage2-steps_3_width_16-1", "dss-3", "r2d-3", "r2d_no-stage1_schedule_none-3"]
+WRONG = ["bert", "r2d,capp=1", "r2d,cap=2", "r2d,seed=1", "r2d,out=x", "r2d,ask=x", "r2d --seed 5"]
+WRONG += ["r2d --method dss", "r2d --stage 1", "r2d --seeds x", "r2d --data data.nix"]
+
+
+def status(main, *arguments: object) -> int:
+    """Of the script: what main returns, or what argparse ends the program with."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return end.code
+
+
+def refusal(capsys, main, *arguments: object) -> str:
+    """The one line with which the script refuses its arguments."""
+    capsys.readouterr()
+    assert status(main, *arguments) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compare") / "all"
+    assert status(compare.main, *ITEMS, "--seeds", 3, 1, 3, "--out", out, *OPTIONS) == 0
+    return out
+
+
+@pytest.fixture
+def copy(compared: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(compared, tmp_path / "all")
+
+
+# ---- compare.py
+def test_runs_have_equal_budgets_and_the_options_of_their_items(compared: Path) -> None:
+    """Catches a baseline with fewer updates, and an ablation that is r2d by another name."""
+    found = []
+    for item, folder in zip(ITEMS, FOLDERS, strict=True):
+        c = read(compared / folder / "config.json")
+        updates = read(compared / "compare.json")[item]["updates"]
+        assert updates == len(lines(compared / folder / "log.jsonl"))
+        found.append([c["method"], c["schedule"], c["width"], c["seed"], updates])
+    assert found[:2] == [["sft", "linear", 16, 1, 3], ["dss", "linear", 32, 3, 6]]
+    assert found[2:] == [["r2d", "linear", 32, 3, 6], ["r2d", "none", 32, 3, 6]]
+
+
+def test_statistics_and_dose_are_those_of_a_hand_calculation() -> None:
+    """Catches a normal for Student's t, n for n - 1, a missing seed or stage 1 counted in."""
+    found = compare.over_seeds(np.array([1.0, 2.0, np.nan, 3.0, 4.0]))
+    half = 3.182446 * np.sqrt(5 / 3) / 2  # the table's t for 3 degrees of freedom
+    assert found["mean"] == 2.5 and found["ci95"] == pytest.approx([2.5 - half, 2.5 + half])
+    assert found["p"] == pytest.approx(0.03047, abs=1e-5)
+    assert compare.over_seeds(np.array([7.0])) == {"mean": 7, "ci95": None, "p": None}
+    assert compare.over_seeds(np.array([2.0, 2.0])) == {"mean": 2, "ci95": None, "p": None}
+    log = [{"stage": 1, "loss_explain": 1}, {"stage": 2, "loss_explain": 1, "wrong_predicted": 1}]
+    log.append({"stage": 2, "loss_explain": 1, "used_predicted": 8, "wrong_predicted": 3})
+    assert compare.dose(log, 8) == 25
+    assert np.isnan(compare.dose([{"stage": 2, "wrong_predicted": 0}], 8))  # sft: no such prompts
+
+
+def test_compare_json_holds_the_runs_own_numbers(compared: Path, copy: Path) -> None:
+    """Catches scores of another place, item or seed, and differences not paired by seed."""
+    row = read(compared / "compare.json")["r2d"]
+    assert not [name for name in compare.SCORES if None in row[name]["values"]]
+    for name, bleu in (("dss-1", 50.5), ("dss-3", 53.5), ("r2d-1", 40.5), ("r2d-3", 41.0)):
+        result = {"rationale": {"predicted": {"bleu": bleu}}, "label": {"accuracy": 0}}
+        (copy / name / "metrics.json").write_text(json.dumps(result))
+    assert status(compare.main, "dss", "r2d", "--seeds", 3, 1, "--out", copy, *OPTIONS) == 0
+    row = read(copy / "compare.json")["dss"]
+    assert row["seeds"] == [1, 3] and row["bleu"]["values"] == [50.5, 53.5]
+    paired = stats.ttest_rel([50.5, 53.5], [40.5, 41.0])
+    difference = row["bleu"]["minus_r2d"]
+    assert difference["mean"] == 11.25 and difference["p"] == pytest.approx(paired.pvalue)
+    assert difference["ci95"] == pytest.approx(list(paired.confidence_interval()))
+    assert row["accuracy"]["values"] == [0, 0] and row["nll"]["values"] == [None, None]
+
+
+def test_table_is_the_json_in_100_columns() -> None:
+    """Catches a whole interval printed as half of one, and rows too long for a screen."""
+    runs = {"sft": [], "r2d,data=" + "x" * 200: []}
+    for item, values in zip(runs, ([10, 12, 14], [10, 14.4, 19.6]), strict=True):
+        for value in values:
+            runs[item].append({"updates": 9, **dict.fromkeys(compare.SCORES, value)})
+    text = compare.table(compare.summarize(runs, [0, 1, 2], "sft"), "sft").split("\n")
+    assert max(map(len, text)) <= 100 and text[2].split() == ["sft", "12.0", "±5.0", "0.0"]
+    assert text[3].split()[1:] == ["14.7", "±11.9", "2.7", "±7.0"]
+
+
+def test_finished_runs_are_left_alone_and_others_go_on(compared: Path, copy: Path, capsys) -> None:
+    """Catches work done twice, a stop after Ctrl-C, old runs compared with new ones unlike them."""
+    before = {path: path.stat().st_mtime_ns for path in copy.glob("*/*.[pj]*")}
+    shutil.rmtree(copy / "dss-3")
+    (copy / "r2d-1" / "metrics.json").unlink()  # trained, but not yet evaluated
+    assert status(compare.main, *ITEMS, "--seeds", 1, 3, "--out", copy, *OPTIONS) == 0
+    assert (copy / "compare.json").read_bytes() == (compared / "compare.json").read_bytes()
+    redone = [path for path in before if path.stat().st_mtime_ns != before[path]]
+    assert {path.parent.name for path in redone} == {"dss-3", "r2d-1"}
+    assert copy / "r2d-1" / "stage2.pt" not in redone
+    fewer = OPTIONS[2:]  # the old runs would bring their --stage1-steps, a new one would not
+    assert "r2d-1" in refusal(capsys, compare.main, "r2d", "--out", copy, *fewer)
+    assert not (copy / "r2d-0").exists()
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_arguments_end_before_the_first_run(wrong: str, tmp_path: Path, capsys) -> None:
+    """Catches a misspelt option that is noticed after an hour: what comes before it is right."""
+    item, *options = wrong.split()
+    out = tmp_path / "out"
+    message = refusal(capsys, compare.main, "sft", item, "--out", out, *OPTIONS, *options)
+    assert re.search("[a-z]{2,}", wrong)[0] in message and not out.exists()
+
+
+# ---- bertscore.py
+def test_bertscore_is_of_the_given_encoder(copy: Path) -> None:
+    """Catches another encoder or tokenizer, the end token scored, and conditions mixed up."""
+    t5 = write_t5(copy / "t5", (copy / "r2d-1" / "tokenizer.model").read_bytes())
+    rows = lines(copy / "r2d-3" / "predictions.jsonl")[:3]
+    for row, text in zip(rows, ["", "see\u2028doctor", "mild"], strict=True):
+        row["rationale_given_gold"] = row["rationale"]
+        row["rationale_given_predicted"] = text
+    rows.append(rows[0] | {"rationale": ""})  # counts for no rationale score
+    text = "\n".join([json.dumps(row, ensure_ascii=False) for row in rows])
+    (copy / "r2d-3" / "predictions.jsonl").write_text(text + "\n", encoding="utf-8")
+    assert status(bertscore.main, copy / "r2d-3", "--encoder", t5) == 0
+    tokenizer = data.Tokenizer.load(t5 / "spiece.model").processor
+    encoder = pytest.importorskip("transformers").T5EncoderModel.from_pretrained(t5).eval()
+
+    def vectors(text: str) -> np.ndarray:
+        ids = torch.tensor([[*tokenizer.encode(text), 1]])
+        return encoder(ids).last_hidden_state[0, :-1].detach().numpy()
+
+    pairs = [(row["rationale_given_predicted"], row["rationale"]) for row in rows[:3]]
+    scores = [metrics.bertscore(vectors(text), vectors(gold)) for text, gold in pairs]
+    result = read(copy / "r2d-3" / "bertscore.json")
+    found = [result["predicted"][name] for name in bertscore.NAMES]
+    assert found == pytest.approx(np.mean(scores, axis=0), abs=1e-3)
+    assert result["gold"]["f1"] == pytest.approx(100) and result["gold"]["n"] == 3
+
+
+# ---- draw.py
+def test_pictures_show_the_numbers(copy: Path) -> None:
+    """Catches a line drawn from another score, and no picture of a run that explains less."""
+    out = copy / "picture.png"
+    pictures = {}
+    for source in ("dss-1", FOLDERS[0], "r2d-1", "compare.json"):
+        assert status(draw.main, copy / source, out) == 0
+        pictures[source] = out.read_bytes()
+    shown = [  # what is drawn, and a number in a file that the picture must show
+        ("compare.json", "compare.json", "r2d", "bleu_flipped", "mean"),
+        ("compare.json", "compare.json", "dss", "bleu", "values", 0),
+        ("compare.json", "compare.json", ITEMS[3], "ceiling_bleu", "mean"),
+        ("r2d-1", "r2d-1/metrics.json", "rationale", "flipped", "bleu"),
+        ("r2d-1", "r2d-1/metrics.json", "rationale", "gold", "bleu_ci95", 1),
+        ("r2d-1", "r2d-1/metrics.json", "rationale", "ceiling", "bleu"),
+        ("r2d-1", "r2d-1/log.jsonl", 4, "wrong_predicted"),
+        ("r2d-1", "r2d-1/log.jsonl", 4, "p_predicted"),
+        ("r2d-1", "r2d-1/log.jsonl", 3, "val_macro_f1"),
+    ]
+    for source, name, *place in shown:
+        path = copy / name
+        if name.endswith("jsonl"):
+            log = changed(lines(path), *place, value=0.77)
+            path.write_text("\n".join(map(json.dumps, log)))
+        else:
+            path.write_text(json.dumps(changed(read(path), *place, value=99.0)))
+        assert status(draw.main, copy / source, out) == 0
+        assert out.read_bytes() != pictures[source]
+        pictures[source] = out.read_bytes()
+
+
+def test_bad_files_end_in_one_line_and_nothing_is_written(copy: Path, capsys) -> None:
+    """Catches a traceback from a damaged file, a table without the run, an empty picture."""
+    table = (copy / "compare.json").read_bytes()
+    for run, name in (("r2d-1", "metrics.json"), ("r2d-3", "log.jsonl"), ("dss-1", "config.json")):
+        (copy / run / name).write_bytes((copy / run / name).read_bytes()[:-9])
+        arguments = [run[:3], "--seeds", run[4], "--out", copy, *OPTIONS]
+        assert run in refusal(capsys, compare.main, *arguments)
+        assert run in refusal(capsys, draw.main, copy / run, copy / "out.png")
+    assert (copy / "compare.json").read_bytes() == table
+    (copy / "sft.json").write_text(json.dumps({"sft": json.loads(table)[ITEMS[0]]}))
+    for source in ("sft.json", "nix", "nix.json"):
+        assert source in refusal(capsys, draw.main, copy / source, copy / "out.png")
+    (copy / "dss-1" / "predictions.jsonl").write_text('{"label": ')
+    for run, named in ((FOLDERS[0], "no rationales"), ("dss-1", "dss-1"), ("r2d-1", "no-t5")):
+        assert named in refusal(capsys, bertscore.main, copy / run, "--encoder", copy / "no-t5")
+    assert not [*copy.glob("*.png"), *copy.glob("*/bertscore.json")]
+
+
+def test_scripts_find_the_core_and_explain_themselves(tmp_path: Path) -> None:
+    """Catches an import that only works in the repository's folder."""
+    for script in ("compare.py", "bertscore.py", "draw.py"):
+        command = [sys.executable, ROOT / "notebooks" / script, "-h"]
+        assert script in subprocess.check_output(command, cwd=tmp_path, text=True)
