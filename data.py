@@ -300,16 +300,17 @@ def simulate(sizes: dict[str, int], override: float, seed: int, voice: str, stag
             call = draw_call(rng)
             note = write_note(call, rng)
             rule = triage_tier(call.facts())
-            tier = rule
-            if rng.random() < override:
-                tier = rng.choice([t for t in (rule - 1, rule + 1) if 0 <= t <= 4])
-            getattr(data, split).append(explain(call, note, tier, voice, call.ending))
+            neighbour = rng.choice([tier for tier in (rule - 1, rule + 1) if 0 <= tier <= 4])
+            tier = neighbour if rng.random() < override else rule
+            example = explain(call, note, tier, voice, call.ending)
+            getattr(data, split).append(example)
             if split == "test":  # the reference explainer always takes the likelier ending
                 data.ceiling.append(explain(call, note, rule, voice, 0.5))
                 data.ceiling_gold.append(explain(call, note, tier, voice, 0.5))
             else:
-                stage1_split = getattr(data, f"stage1_{split}")
-                stage1_split.append(explain(call, note, tier, stage1, call.ending))
+                if stage1 != voice:
+                    example = explain(call, note, tier, stage1, call.ending)
+                getattr(data, f"stage1_{split}").append(example)
     return data
 
 
