@@ -196,7 +196,7 @@ BUGS = [
     ("macro_f1", "recall", "gold.count(label) + predicted.count(label)", "2 * gold.count(label)"),
     ("exposure_gap", "wrong sign", "g - p", "p - g"),
     ("exposure_gap", "without a sign", "sum(g - p", "sum(abs(g - p)"),
-    ("following", "over all notes", " if f != p]", "]"),
+    ("following", "over all notes", "if f != p]", "if flipped != predicted]"),
     ("following", "any other label", "a == f", "a != p"),
     ("following", "0 where nothing counts", "math.nan", "0.0"),
 ]  # fmt: skip

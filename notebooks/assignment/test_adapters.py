@@ -151,9 +151,8 @@ class Child:
                     return reply
 
     def ask(self, request: dict, seconds: float) -> dict:
-        number = secrets.randbits(
-            60
-        )  # not to be guessed: graded code may write into the pipe itself
+        # not to be guessed: graded code may write into the pipe itself
+        number = secrets.randbits(60)
         line = json.dumps({"id": number, **request}).encode() + b"\n"
         try:
             self.process.stdin.write(line)
