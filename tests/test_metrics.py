@@ -164,8 +164,8 @@ def test_reader_by_hand():
     """Catches a missing prior or smoothing, and a wrong total of words."""
     reader = Reader(["a a b", "a", "b", "c c"], ["x", "x", "x", "y"], ["x", "y"])
     assert reader("unseen") == "x"  # the prior alone: 1 + 3 against 1 + 1
-    assert reader("C!") == "y"  # 4 * 1/8 < 2 * 3/5
-    assert reader("c b") == "y"  # 4 * 1/8 * 3/8 = .19 < 2 * 3/5 * 1/5 = .24
+    assert reader("C!") == reader("c b") == "y"  # 4 * 1/8 * 3/8 = .19 < 2 * 3/5 * 1/5 = .24
+    assert reader("c c b b b") == "y"  # .0033 < .0058, were it not for the smoothing
     assert reader("c b b") == "x"  # .070 > .048
     assert Reader(["", ""], ["y", "y"], ["x", "y"])("a") == "y"
 
@@ -339,13 +339,13 @@ def test_what_the_rows_lack_is_absent():
     sft = without(rows, "_gold|given_predicted|flipped|reader")
     llm = without(rows, "gold|flipped|ceiling|nats|tokens|ungrounded")
     bare = [row | {"rationale": ""} for row in rows]
-    assert set(score(rows, LABELS)["rationale"]) == {*metrics.CONDITIONS, "predicted_wrong"}
     assert set(score(sft, LABELS)["rationale"]) == {"ceiling"}
     result = score(llm, LABELS)
     assert set(result) == {"label", "rationale", "reader"}
     assert "ceiling_accuracy" not in result["label"]
     assert not {"nll", "grounded"} & set(result["rationale"]["predicted"])
-    assert list(score(bare, LABELS)) == ["label"]
+    for nothing in (bare, without(rows, "given|reader")):
+        assert list(score(nothing, LABELS)) == ["label"]
     for lines in (printed(sft), printed(llm, data="x.csv"), printed(bare)):
         assert "no exposure gap, no following" in lines[-1] and "costs" not in str(lines)
     fill(rows, predicted_label=[row["label"] for row in rows])
@@ -359,7 +359,7 @@ def test_table_fits_100_columns_whatever_the_data():
     for some in (rows, rows[:1], rows[-1:], run_rows(50)):
         for line in [*printed(some), *printed(some, **long), *printed(some * 30, data="x")]:
             assert len(line) <= 100, line
-            assert not re.search(r"\d±|\.\d{4}", line), line  # two cells in one
+            assert not re.search(r"\d±|\.\d+\.", line), line  # two cells in one
 
 
 def test_table_says_what_happened():
