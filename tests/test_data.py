@@ -23,7 +23,7 @@ in_each_voice = pytest.mark.parametrize("voice", VOICES)
 
 @cache
 def triage(voice: str = "llm", override: float = 0.2, seed: int = 0) -> data.Dataset:
-    return data.load_data("triage", seed, None, 2000, override, voice, voice)
+    return data.load_data("triage", seed, None, 1000, override, voice, voice)
 
 
 def everything(dataset: data.Dataset) -> list[Example]:
@@ -54,16 +54,16 @@ def test_every_wording_is_read_back_as_its_fact(frame):
             assert read_facts(denied) == {"moderate", f"no {fact}", "blue lips"}
 
 
-def test_short_texts_are_read_and_argued_from():
-    """Catches a limit off by one, words inside words, a default label, a denial that counts."""
-    assert read_facts("for 7 days, a man of 74 years, coughing whether rashly") == set()
-    assert read_facts("for 8 days; a man of 75 years") == {"over a week", "older age"}
-    assert data.argues_for("") is None and data.argues_for("Go home, careful.") is None
-    assert data.argues_for("Blue lips. Moderate.") == data.argues_for("CALL 911.") == "call 911"
-    assert data.argues_for("Denies blue lips. Moderate.") == "see doctor within 3 days"
+def test_short_texts_are_read():
+    """Catches a limit off by one, words found inside words, a label where none or two are named."""
+    assert read_facts("for 7 days, a man of 80 years, coughing whether rashly") == set()
+    assert read_facts("for 8 days") == {"over a week"}
+    for text in ("", "Go home, careful.", "Blue lips. Severe.", "Home care. Call 911."):
+        assert data.argues_for(text) is None
+    assert data.argues_for("CALL 911.") == data.argues_for("Blue lips. EMS.") == "call 911"
 
 
-PLAIN = Call("a cough", "mild", 7, "a man of 40 years", [], [], [], [], [])
+PLAIN = Call("a cough", "mild", 7, [], [], [], [], 0.5)
 BLUE, BLOOD, EAR, CUE = "blue lips", "coughing up blood", "ear pain at night", "a good appetite"
 
 
@@ -95,11 +95,11 @@ def test_calls_keep_their_probabilities():
     for _ in range(20_000):
         call = data.draw_call(rng)
         counts.update([call.severity, f"{len(call.denied)} denied", f"{len(call.cues)} cues"])
-        counts.update(call.flags + call.modifiers + call.distractors)
+        counts.update(call.flags + call.modifiers)
         counts["no flag"] += not call.flags
-        counts["long"] += call.days > data.LONG_DAYS
+        counts["long"] += call.days > 7
     shares = {"mild": 0.46, "severe": 0.18, "long": 0.25, "no flag": 0.48, "1 denied": 0.15}
-    shares |= {"1 cues": 0.3, "a pregnancy": 0.06, "has a dog": 0.1}
+    shares |= {"1 cues": 0.3, "a pregnancy": 0.06 * 21 / 22 + 0.075 / 22}
     for name, p in shares.items():
         assert counts[name] / 20_000 == pytest.approx(p, abs=5 * (p * (1 - p) / 20_000) ** 0.5)
     assert 1.1 < counts["burning urine"] / counts["black tarry stools"] < 1.6  # worse, rarer
@@ -107,19 +107,23 @@ def test_calls_keep_their_probabilities():
 
 def test_calls_are_consistent_and_notes_state_their_facts():
     """Catches flags of another complaint, impossible people, facts lost or invented in words."""
-    rng, wordings = random.Random(1), Counter()
+    rng, wordings, distracted = random.Random(1), Counter(), 0
     for _ in range(5000):
         call = data.draw_call(rng)
         group = GROUPS[COMPLAINTS[call.complaint].group]
         assert call.flags == [flag for flag in group if flag in call.flags]
         assert set(call.denied) <= set(group) - set(call.flags)
         assert call.cues in ([], [COMPLAINTS[call.complaint].cue])
-        age = int(re.search(r"\d+", call.person)[0])
-        assert "a pregnancy" not in call.modifiers or ("woman" in call.person and 18 <= age < 45)
-        assert "months" not in call.person or call.complaint != "anxiety"
         note = data.write_note(call, rng)
         assert read_facts(note) == call.facts(), note
+        sex, age, unit = re.search(r"a (\w+) of (\d+) (\w+)", note.lower()).groups()
+        assert (unit == "months") == ("very young age" in call.modifiers)
+        assert (unit == "years" and int(age) >= 75) == ("older age" in call.modifiers)
+        assert "a pregnancy" not in call.modifiers or (sex == "woman" and 18 <= int(age) < 45)
+        assert unit == "years" or call.complaint != "anxiety"
+        distracted += any(text in note.lower() for text in data.DISTRACTORS)
         wordings.update(data.ANY_FACT.findall(note.lower()))
+    assert distracted / 5000 == pytest.approx(0.5, abs=0.04)
     for fact in [*COMPLAINTS, *RED_FLAGS, *data.CUES]:
         for wording in PHRASES[fact][:2]:
             assert wordings[re.sub("^(a|an) ", "", wording)] > 10, wording
@@ -138,13 +142,13 @@ def test_override_rate_and_step(override):
     assert abs(sum(steps)) < 0.1 * len(steps)  # as often up as down
     assert [e.question for e in examples] == [e.question for e in everything(triage())]
     labels = Counter(example.label for example in examples)
-    assert len(labels) == 5 and min(labels.values()) > 200 and max(labels.values()) < 1400
+    assert len(labels) == 5 and min(labels.values()) > 200 and max(labels.values()) < 1000
 
 
 def test_splits_and_voices_do_not_disturb_each_other():
     """Catches a shared generator, sets or hashes: other sizes, voices, machines, the same notes."""
     small = data.load_data("triage", 0, 7, 20, 0.2, "post", "nurse")
-    assert hashlib.sha256(repr(small).encode()).hexdigest()[:16] == "a02be31fa6ea989b"
+    assert hashlib.sha256(repr(small).encode()).hexdigest()[:16] == "5f1f7c7f5c810cef"
     for split in ("train", "val", "test", "ceiling"):
         assert getattr(small, split) == getattr(triage("post"), split)[:7]
     assert small.stage1_train == triage("nurse").train[:7]
@@ -153,7 +157,7 @@ def test_splits_and_voices_do_not_disturb_each_other():
         pairs = [(example.question, example.label) for example in everything(triage(voice))]
         assert pairs == [(example.question, example.label) for example in everything(triage())]
     notes = [example.question for example in everything(triage()) + everything(triage(seed=1))]
-    assert len(notes) == 7000 and len(set(notes)) > 6900  # no split or seed repeats another
+    assert len(notes) == 5000 and len(set(notes)) > 4900  # no split or seed repeats another
 
 
 # ---- The simulated nurse line: rationales and their checks.
@@ -174,9 +178,8 @@ def test_the_checks_see_a_changed_rationale(voice):
     for example in triage(voice).test[:300]:
         note, text = example.question, example.rationale
         other = DISPOSITIONS[(DISPOSITIONS.index(example.label) + 1) % 5]
-        if set(DISPOSITIONS) & read_facts(text):
-            assert data.argues_for(f"{text} {other}.") is None  # argues for two
-            assert data.argues_for(text.rsplit(". ", 1)[0] + f". {other}.") == other
+        assert data.argues_for(f"{text} {other}.") is None  # argues for two
+        assert data.argues_for(text.rsplit(". ", 1)[0] + f". {other}.") == other
         for flag in RED_FLAGS:
             said = PHRASES[flag][wording]
             if flag not in read_facts(note):
@@ -188,15 +191,17 @@ def test_the_checks_see_a_changed_rationale(voice):
     assert denials > 50
 
 
-def test_endings_have_their_shares():
+def test_voices_name_their_labels_and_have_their_words():
     """Catches a voice whose text always holds the label, and voices mixed up."""
-    named, silent = {}, {}
+    texts = {}
     for voice in VOICES:
         train = triage(voice, 0.0).train
-        named[voice] = sum(e.label.lower() in e.rationale.lower() for e in train) / 2000
-        silent[voice] = sum(not set(DISPOSITIONS) & read_facts(e.rationale) for e in train) / 2000
-    assert named == pytest.approx({"llm": 0.75, "nurse": 0.24, "post": 0.4}, abs=0.05)
-    assert silent == pytest.approx({"llm": 0, "nurse": 0.4, "post": 0}, abs=0.05)
+        named = sum(e.label.lower() in e.rationale.lower() for e in train)
+        assert named / 1000 == pytest.approx(data.NAMED[voice], abs=0.06)
+        texts[voice] = " ".join(example.rationale for example in train)
+    assert [voice for voice in VOICES if " can mean " in texts[voice]] == ["llm"]
+    assert [voice for voice in VOICES if "suspect MI" in texts[voice]] == ["nurse"]
+    assert [voice for voice in VOICES if "suspect a heart attack" in texts[voice]] == ["post"]
 
 
 @in_each_voice
@@ -211,13 +216,13 @@ def test_the_ceiling_knows_the_rule_and_no_more(voice):
         assert (by_gold == by_rule) == (by_gold.label == by_rule.label)
         assert "on judgement" not in by_rule.rationale
         exact += by_gold == gold
-    assert exact / 1000 == pytest.approx(max(data.ENDINGS[voice].values()), abs=0.1)
+    assert exact / 1000 == pytest.approx(max(data.NAMED[voice], 1 - data.NAMED[voice]), abs=0.06)
 
 
 def test_what_a_label_is_worth():
     """Catches data on which a wrong label costs nothing: BLEU of the reference explainer."""
     references = [example.rationale for example in triage().test]
-    for answers, bleu in [(triage().ceiling_gold, 90.1), (triage().ceiling, 80.8)]:
+    for answers, bleu in [(triage().ceiling_gold, 91.2), (triage().ceiling, 81.1)]:
         texts = [example.rationale for example in answers]
         assert metrics.corpus_bleu(texts, references) == pytest.approx(bleu, abs=0.1)
 
@@ -312,15 +317,19 @@ def test_bioasq(tmp_path):
     assert Example("Is 4 bad? It is.", "yes", "4 is.") in everything(dataset)
 
 
+HALF = '{"question": "\\ud800", "label": "a", "rationale": ""}'
+BLANK = {"a\nb": {"QUESTION": " ", "CONTEXTS": [], "final_decision": "a", "LONG_ANSWER": "b"}}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", as_jsonl(RECORDS) + "\n\n{]}\n", "line 32: JSONDecodeError"),
-        ("a.jsonl", '{"question": "q", "label": " ", "rationale": ""}', "line 1.*empty"),
-        ("a.csv", "question,label,rationale\nq,a\n", "line 2.*not as many fields"),
-        ("a.csv", 'question,label,rationale\nq,a,r\nq,"a"b,r\n', "after line 2"),
-        ("a.json", '{"a\\nb": {}}', "a b: KeyError"),
-        ("a.jsonl", as_jsonl(RECORDS[::2]), "one label only, 'yes'"),
+        ("a.jsonl", as_jsonl(RECORDS) + "\n\n{]}\n", "JSONDecodeError.* after line 30;"),
+        ("a.jsonl", as_jsonl(RECORDS) + "\n" + HALF, "UnicodeEncodeError.* after line 31;"),
+        ("a.csv", "question,label,rationale\nq,a\n", "AttributeError.* after line 2;"),
+        ("a.csv", "question,label,rationale\nq,a,r,r\n", "ValueError: more fields"),
+        ("a.json", json.dumps(BLANK), "ValueError: question or label is empty, at or after a b;"),
+        ("a.jsonl", as_jsonl(RECORDS[::2]), "two labels in train"),
     ],
 )
 def test_bad_files_are_refused_in_one_line(tmp_path, name, content, message):
@@ -335,10 +344,9 @@ def test_fuzz_finds_nothing(tmp_path):
     assert fuzz.main(["--n", "500", "--seed", "1", "--save", str(tmp_path)]) == 0
 
 
-# ---- Tokenizer, prompts and batches.
+# ---- Tokenizer and batches.
 ODD = "E Q Z|NAÏVE café|emoji 🤒🏽|حمى|日本語|two\nlines|a\ttab|a  b   c|½ ﬁ|</s>|<0x41>|x\u2028y|"
 CHINESE = [chr(0x4E00 + i) for i in range(3000)]
-PREFIXES = [data.PREDICT, data.EXPLAIN, data.EXPLAIN_GIVEN.format(label="go to ED now")]
 LENGTHS = [random.Random(i).randint(5, 120) for i in range(1000)]
 
 
@@ -351,7 +359,7 @@ def tokenizer() -> data.Tokenizer:
 @pytest.mark.parametrize("text", [*DISPOSITIONS, *ODD.split("|")])
 def test_text_survives_the_tokenizer(text):
     """Catches dropped letters (once the E of `go to ED now`), normalisation, lost white space."""
-    ids = tokenizer().encode(text)
+    ids = tokenizer().processor.encode(text)
     assert tokenizer().decode(ids) == text and not {0, 1, 2} & set(ids)
     assert tokenizer().decode([0, *ids, 1, *ids, 0]) == text  # stops at the end token
     assert tokenizer().decode([*ids, 605]) == text  # an id that T5 has too many
@@ -365,34 +373,25 @@ def test_tokenizer_trains_on_odd_data_and_is_loaded_again(tmp_path, texts):
     assert data.Tokenizer.train(texts, 600).model == small.model
     path.write_bytes(small.model)
     for text in texts[:50]:
-        assert data.Tokenizer.load(path).decode(small.encode(text)) == text
+        assert data.Tokenizer.load(path).decode(small.processor.encode(text)) == text
     path.write_bytes(b"no model")
     for wrong in (path, tmp_path / "nowhere"):
         with pytest.raises(data.InputError, match="tokenizer belongs"):
             data.Tokenizer.load(wrong)
 
 
-def test_prompts_are_the_papers_and_are_cut_at_the_question():
-    """Catches a changed prompt, a cut label, a lost end token, and a cache that holds cut texts."""
-    assert PREFIXES == ["predict:", "explain:", "given label: go to ED now, explain:"]
-    note = triage().test[0].question
-    for limit in (256, 30):
-        prompts = data.Prompts(tokenizer(), limit, 8)
-        for prefix in PREFIXES * 2:
-            whole = tokenizer().encode(f"{prefix} {note}")
-            assert prompts.source(prefix, note) == [*whole[: limit - 1], 1]
-    tiny = data.Prompts(tokenizer(), 4, 8)
-    assert tiny.source(PREFIXES[2], note) == [*tokenizer().encode(PREFIXES[2]), 1]
-    assert tiny.target(note) == [*tokenizer().encode(note)[:7], 1]
-    assert tiny.target("home care") == [*tokenizer().encode("home care"), 1]
-    assert tiny.target("") == []  # nothing to learn
-
-
-def test_pad_fills_on_the_right_with_zeros():
-    """Catches padding on the left, rows swapped, or a type that no embedding takes."""
-    out = data.pad([[5, 6, 7], [8], []])
-    assert out.tolist() == [[5, 6, 7], [8, 0, 0], [0, 0, 0]] and out.dtype == torch.int64
-    assert data.pad([[]]).tolist() == [[0]]  # a batch of empty targets still has a shape
+def test_encoding_pads_on_the_right_and_ends_with_the_end_token():
+    """Catches padding on the left, a cut that loses the end token or the prefix, empty targets."""
+    texts = data.prompts("given label: go to ED now, explain:", data.columns(triage().test[:5])[0])
+    assert texts[4] == f"given label: go to ED now, explain: {triage().test[4].question}"
+    for limit in (256, 20):
+        rows = tokenizer().encode([*texts, ""], limit)
+        assert rows.dtype == torch.int64 and not rows[5].any()  # nothing to learn
+        whole = [tokenizer().processor.encode(text) for text in texts]
+        assert rows.shape[1] == min(max(map(len, whole)) + 1, limit)
+        for ids, row in zip(whole, rows.tolist(), strict=False):
+            ids = [*ids[: limit - 1], 1]
+            assert row == ids + [0] * (len(row) - len(ids))
 
 
 @pytest.mark.parametrize(("n", "size"), [(512, 16), (1000, 32), (64, 64), (3, 8)])
