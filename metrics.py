@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 CONDITIONS = {"gold": "label", "predicted": "predicted_label", "flipped": "flipped_label"}
-CONDITIONS |= {"ceiling_gold": "label", "ceiling": "ceiling_label"}  # -> label in the prompt
+CONDITIONS |= {"ceiling_gold": "label", "ceiling": "ceiling_label"}  # label in the prompt
 
 
 def accuracy(gold: list[str], predicted: list[str]) -> float:
@@ -78,7 +78,7 @@ def bleu_from_counts(counts: np.ndarray, smoothing: float = 1.0) -> float:
         if match == 0:  # the k-th time it counts as smoothing / 2^k
             smoothing /= 2
             match = smoothing
-        if match > 0:
+        if match > 0:  # NLTK leaves 0 out
             log_bleu += math.log(match / total) / 4
     return 100 * math.exp(log_bleu)
 
@@ -217,7 +217,7 @@ def exposure_scores(data: dict) -> dict:
     scores = bootstrap("bleu_gap", bleu_gap, gold, data["counts_given_predicted"])
     cost = data["nats_given_predicted"] - data["nats_given_gold"]
     scores |= bootstrap("nll_gap", per_token, cost, data["tokens"])
-    asked = data["flipped_label"] != data["predicted_label"]  # else it would argue so anyway
+    asked = data["flipped_label"] != data["predicted_label"]  # else agreement is chance
     followed = data["argues_given_flipped"] == data["flipped_label"]
     scores["following_n"] = int(asked.sum())
     if asked.any():
