@@ -357,6 +357,12 @@ def write_file(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
+def write_checkpoint(path: Path, content: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(path, buffer.getvalue())
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Whatever is wrong with a file of a run becomes one InputError."""
@@ -460,6 +466,8 @@ def load_data(
     labels = Counter(example.label for example in train + val + test)
     if not val or not test or len({example.label for example in train}) < 2:
         raise InputError(f"{source}: needs two labels in train, examples in val and test; add some")
+    if len({" ".join(label.lower().split()) for label in labels}) < len(labels):
+        print(f"note: some labels in {source} differ from others only by case or spaces")
     return Dataset(train, val, test, list(labels), train, val, [], [])
 
 
@@ -471,8 +479,8 @@ def columns(examples: list[Example]) -> tuple[list[str], list[str], list[str]]:
     return questions, labels, [example.rationale for example in examples]
 
 
-def prompts(prefix: str, questions: list[str]) -> list[str]:
-    """The prefix before each question."""
+def with_prefix(prefix: str, questions: list[str]) -> list[str]:
+    """A prompt for each question."""
     return [f"{prefix} {question}" for question in questions]
 
 
@@ -529,6 +537,16 @@ class Tokenizer:
         for ids in self.processor.encode(texts):
             rows.append(torch.tensor([*ids[: limit - 1], 1] if ids else [0]))
         return pad_sequence(rows, batch_first=True)
+
+    def longest(self, labels: list[str], limit: int) -> int:
+        """Tokens of the longest label. Raises InputError for one that cannot be written."""
+        rows = self.encode(labels, limit)
+        for label, ids in zip(labels, rows.tolist(), strict=True):
+            if self.decode(ids) != label:
+                raise InputError(
+                    f"the label {label[:50]!r} is too long or has odd signs; rename it"
+                )
+        return rows.shape[1]
 
     def decode(self, ids: list[int]) -> str:
         """Up to the end token, without padding and ids above the vocabulary, which T5 can give."""

@@ -4,14 +4,12 @@
     python r2d.py --method sft --out sft     a baseline; python r2d.py -h lists all options
     python r2d.py --ask "A 52-year-old man with chest pain for 2 days. It is severe."
 
-The file follows the paper: prompts, stage 1, schedules, stage 2, the training loop, the test under
-three labels. Files and options come last. For study, not for patients.
+In the paper's order; files and options come last. For study, not for patients.
 """
 
 import argparse
 import copy
 import hashlib
-import io
 import json
 import math
 import os
@@ -20,6 +18,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -29,13 +28,13 @@ from tqdm import tqdm
 
 import data
 import metrics
-from data import Dataset, Example, InputError, Tokenizer, columns, prompts, reading, write_file
+from data import Dataset, Example, InputError, Tokenizer, columns, reading, with_prefix, write_file
 from model import ModelConfig, Transformer, load_t5
 
-# torchrun starts WORLD processes, each with a RANK. Rank 0 alone validates, tests and writes.
+# torchrun starts WORLD processes, each with a RANK; rank 0 alone validates, tests and writes.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-EVAL_BATCH = 64  # prompts decoded or scored together
+DECODE_BATCH = 64  # prompts decoded, or scored without gradients, together
 
 
 @dataclass
@@ -43,60 +42,60 @@ class Run:
     """What all parts of a run share."""
 
     options: argparse.Namespace
-    data: Dataset
+    dataset: Dataset
     tokenizer: Tokenizer
     model: Transformer
     device: str
+    label_tokens: int  # of the longest label
 
 
 # ---- Prompts and greedy decoding (paper, section 3): first the label, then the rationale --------
 def explain_prompts(run: Run, labels: list[str], questions: list[str]) -> list[str]:
-    """The explain prompts of stage 2. In DSS the explanation never sees a label."""
+    """Prompts that show a label. In DSS the explanation never sees one."""
     if run.options.method == "dss":
-        return prompts("explain:", questions)
+        return with_prefix("explain:", questions)
     pairs = zip(labels, questions, strict=True)
     return [f"given label: {label}, explain: {question}" for label, question in pairs]
 
 
-def decode(run: Run, texts: list[str], max_new_tokens: int) -> list[str]:
-    """What the model writes after each prompt, greedily and without dropout."""
-    written = []
-    for start in range(0, len(texts), EVAL_BATCH):
-        batch = texts[start : start + EVAL_BATCH]
+def decode(run: Run, prompts: list[str], max_new_tokens: int) -> list[str]:
+    """What the model writes after each prompt, greedily; `generate` itself turns dropout off."""
+    texts = []
+    for start in range(0, len(prompts), DECODE_BATCH):
+        batch = prompts[start : start + DECODE_BATCH]
         input_ids = run.tokenizer.encode(batch, run.options.max_source).to(run.device)
         for ids in run.model.generate(input_ids, max_new_tokens).tolist():
-            written.append(run.tokenizer.decode(ids))
-    return written
+            texts.append(run.tokenizer.decode(ids))
+    return texts
 
 
 def predict_labels(run: Run, questions: list[str]) -> list[str]:
     """The predicted labels. An output that is no label stays as it is."""
-    longest = run.tokenizer.encode(run.data.labels, run.options.max_target).shape[1]
-    return decode(run, prompts("predict:", questions), longest)
+    return decode(run, with_prefix("predict:", questions), run.label_tokens)
 
 
 # ---- Stage 1: rationales alone ------------------------------------------------------------------
-def target_nats(run: Run, texts: list[str], targets: list[str]) -> tuple[Tensor, Tensor]:
+def target_nats(run: Run, prompts: list[str], targets: list[str]) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats of each target after its prompt, and its tokens: (B,), (B,)."""
-    input_ids = run.tokenizer.encode(texts, run.options.max_source).to(run.device)
-    labels = run.tokenizer.encode(targets, run.options.max_target).to(run.device)
-    return run.model.nll(input_ids, labels).sum(1), labels.count_nonzero(1)
+    input_ids = run.tokenizer.encode(prompts, run.options.max_source).to(run.device)
+    target_ids = run.tokenizer.encode(targets, run.options.max_target).to(run.device)
+    return run.model.nll(input_ids, target_ids).sum(1), target_ids.count_nonzero(1)  # 0 is padding
 
 
-def token_loss(run: Run, texts: list[str], targets: list[str]) -> Tensor:
+def token_loss(run: Run, prompts: list[str], targets: list[str]) -> Tensor:
     """The mean over all target tokens, under torchrun over those of all processes: then their
     losses, and their gradients, add up to those of the batch."""
-    nats, tokens = target_nats(run, texts, targets)
-    total = tokens.sum()
+    nats, tokens = target_nats(run, prompts, targets)
+    n_tokens = tokens.sum()
     if WORLD > 1:
-        dist.all_reduce(total)
-    return nats.sum() / total.clamp(min=1)
+        dist.all_reduce(n_tokens)
+    return nats.sum() / n_tokens.clamp(min=1)  # an empty rationale has no tokens
 
 
 def stage1_loss(run: Run, batch: list[Example]) -> tuple[Tensor, dict]:
     """explain: {question} -> rationale. Returns the loss and what the log says of it."""
     questions, _, rationales = columns(batch)
-    loss = token_loss(run, prompts("explain:", questions), rationales)
+    loss = token_loss(run, with_prefix("explain:", questions), rationales)
     return loss, {"loss": loss.item(), "loss_explain": loss.item()}
 
 
@@ -108,9 +107,9 @@ def p_predicted(
 
     Bengio et al. (2015, section 2.4) write epsilon = 1 - P. P is 0 during the warm-up; then, i
     updates into a ramp of n = ramp * steps:
-        linear           P = min(cap, i / n), which reaches the cap at cap * n    (authors' code)
+        linear           P = min(cap, i / n), which is at the cap from cap * n on (authors' code)
         exponential      epsilon = k^i, with the k that reaches the cap at n
-        inverse-sigmoid  epsilon = k / (k + e^(i/k)), likewise; it starts a little below 1
+        inverse-sigmoid  epsilon = k / (k + e^(i/k)), likewise; P starts a little above 0
     """
     i = step - warmup * steps
     n = ramp * steps
@@ -120,17 +119,16 @@ def p_predicted(
         return cap
     if schedule == "linear":
         return min(cap, i / n)
-    reached = min(cap, 1 - 1e-6)  # the two curves come close to 1 and never reach it
+    end = min(cap, 1 - 1e-6)  # the two curves come close to 1 and never reach it
     if schedule == "exponential":
-        k = (1 - reached) ** (1 / n)
+        k = (1 - end) ** (1 / n)
         return 1 - k**i
-    k = inverse_sigmoid_k(n, reached)
+    k = inverse_sigmoid_k(n, end)
     return 1 / (1 + k * math.exp(-i / k))  # = 1 - k / (k + e^(i/k)), without overflow
 
 
 def inverse_sigmoid_k(n: float, p: float) -> float:
-    """The k with which the inverse sigmoid has P = p after n updates: where n/k - ln(k) is the log
-    odds of p. That falls as k grows, so bisection (of ln k) finds k."""
+    """The k that gives P = p after n updates, by bisection: n/k - ln(k), P's log odds, falls."""
     low, high = 1e-9 * n, 1e9 * n
     for _ in range(200):
         k = math.sqrt(low * high)
@@ -155,17 +153,17 @@ def flip_coins(n: int, p: float, generator: torch.Generator) -> list[bool]:
 def mix_labels(run: Run, batch: list[Example], coins: list[bool]) -> tuple[list[str], dict]:
     """The labels for the explain prompts: predicted where the coin is True, else gold.
 
-    Only these are predicted: the authors' code predicts all, with dropout on. No invalid label
-    enters a prompt. `wrong_predicted`, for the log, is the dose of the treatment.
+    The authors' code predicts all, with dropout on, and takes invalid labels, too. The counts are
+    for the log; `wrong_predicted`, prompts with a wrong label, is the dose.
     """
     questions, labels, _ = columns(batch)
     counts = {"used_predicted": 0, "wrong_predicted": 0, "invalid_predicted": 0}
     chosen = [i for i, coin in enumerate(coins) if coin]
     predicted = predict_labels(run, [questions[i] for i in chosen])
     for i, label in zip(chosen, predicted, strict=True):
-        if label in run.data.labels:
+        if label in run.dataset.labels:
             counts["used_predicted"] += 1
-            counts["wrong_predicted"] += int(label != labels[i])
+            counts["wrong_predicted"] += int(label != batch[i].label)
             labels[i] = label
         else:
             counts["invalid_predicted"] += 1  # gold stays in the prompt
@@ -181,20 +179,20 @@ def stage2_loss(
     """
     questions, gold, rationales = columns(batch)
     labels, log = mix_labels(run, batch, coins)
-    loss = token_loss(run, prompts("predict:", questions), gold)
-    log["loss_predict"] = loss.item()
-    if run.options.method != "sft":  # which explains nothing
-        loss_explain = token_loss(run, explain_prompts(run, labels, questions), rationales)
-        log["loss_explain"] = loss_explain.item()
-        loss = alpha * loss + (1 - alpha) * loss_explain
-    log["loss"] = loss.item()
+    loss_predict = token_loss(run, with_prefix("predict:", questions), gold)
+    log.update(loss=loss_predict.item(), loss_predict=loss_predict.item())
+    if run.options.method == "sft":  # which explains nothing
+        return loss_predict, log
+    loss_explain = token_loss(run, explain_prompts(run, labels, questions), rationales)
+    loss = alpha * loss_predict + (1 - alpha) * loss_explain
+    log.update(loss=loss.item(), loss_explain=loss_explain.item())
     return loss, log
 
 
 # ---- Training: one loop for both stages and all methods -----------------------------------------
 def make_optimizer(model: Transformer) -> Adam:
-    """Adam, each rate relative to the size (RMS) of its first weights: in T5 they differ a
-    hundredfold, and T5's own optimiser does so, too (Adafactor, arXiv 1804.04235, section 8)."""
+    """Adam, each rate relative to the size (RMS) of its weights when the stage begins: in T5 they
+    differ a hundredfold. T5's own optimiser does so, too (Adafactor, arXiv 1804.04235)."""
     groups = []
     for weight in model.parameters():
         size = weight.detach().square().mean().sqrt().item()
@@ -204,7 +202,7 @@ def make_optimizer(model: Transformer) -> Adam:
 
 def lr_at(step: int, steps: int, lr: float) -> float:
     """Learning rate: up linearly over the first tenth of the updates, then down linearly to 0."""
-    rising = (step + 1) / max(0.1 * steps, 1)  # not in the paper; else Adam wipes out stage 1
+    rising = (step + 1) / max(0.1 * steps, 1)  # the paper has none: Adam would undo stage 1
     falling = (steps - step) / max(0.9 * steps, 1)
     return lr * min(1.0, rising, falling)
 
@@ -220,31 +218,31 @@ def sum_over_processes(run: Run, log: dict) -> None:
 
 
 @torch.no_grad()
-def rationale_nats(run: Run, texts: list[str], rationales: list[str]) -> tuple[list, list]:
+def rationale_nats(run: Run, prompts: list[str], rationales: list[str]) -> tuple[list, list]:
     """Nats of each gold rationale after its prompt, and its number of tokens."""
     nats, tokens = [], []
-    for start in range(0, len(texts), EVAL_BATCH):
-        rows = slice(start, start + EVAL_BATCH)
-        more_nats, more_tokens = target_nats(run, texts[rows], rationales[rows])
+    for start in range(0, len(prompts), DECODE_BATCH):
+        rows = slice(start, start + DECODE_BATCH)
+        more_nats, more_tokens = target_nats(run, prompts[rows], rationales[rows])
         nats += more_nats.tolist()
         tokens += more_tokens.tolist()
     return nats, tokens
 
 
 def validate(run: Run, stage: int) -> dict[str, float]:
-    """Scores on the validation split, by rank 0 for all. There are no coins in evaluation."""
+    """Scores on the validation split: rank 0 computes them, all processes get them."""
     run.model.eval()
     scores = {}
     if RANK == 0 and stage == 1:
-        questions, _, rationales = columns(run.data.stage1_val)
-        nats, tokens = rationale_nats(run, prompts("explain:", questions), rationales)
+        questions, _, rationales = columns(run.dataset.stage1_val)
+        nats, tokens = rationale_nats(run, with_prefix("explain:", questions), rationales)
         scores["val_loss"] = sum(nats) / max(sum(tokens), 1)
     elif RANK == 0:
-        questions, gold, _ = columns(run.data.val)
+        questions, gold, _ = columns(run.dataset.val)
         predicted = predict_labels(run, questions)
-        scores["val_macro_f1"] = metrics.macro_f1(gold, predicted, run.data.labels)
+        scores["val_macro_f1"] = metrics.macro_f1(gold, predicted, run.dataset.labels)
     run.model.train()
-    box = [scores]
+    box = [scores]  # which broadcast fills in place
     if WORLD > 1:
         dist.broadcast_object_list(box)
     return box[0]
@@ -253,60 +251,59 @@ def validate(run: Run, stage: int) -> dict[str, float]:
 def train(run: Run, stage: int) -> None:
     """One stage: from the last save, or the weights in the model, to its best checkpoint.
 
-    Best means the lowest validation loss in stage 1, the highest validation macro-F1 in stage 2.
-    There, for every method, choice and early stopping begin after the ramp, at the earliest after
-    65 % of the updates: the authors' code may choose weights that never saw a predicted label.
+    Best means the lowest validation loss in stage 1, the highest macro-F1 in stage 2. There,
+    whatever the method, choice and early stopping wait for the end of the ramp, or for 65 %: the
+    authors' code may choose weights that never saw a predicted label.
     """
     o = run.options
-    examples, steps, patience, select_from = run.data.stage1_train, o.stage1_steps, 3, 0
+    examples, steps, patience, select_from = run.dataset.stage1_train, o.stage1_steps, 3, 0
     if stage == 2:
-        examples, steps, patience = run.data.train, o.stage2_steps, 5
+        examples, steps, patience = run.dataset.train, o.stage2_steps, 5
         select_from = steps * min(1, max(0.65, o.warmup + o.ramp))
     optimizer = make_optimizer(run.model)
-    coin = torch.Generator().manual_seed(1000 * o.seed + stage)
-    progress = argparse.Namespace(stage=stage, step=0, best_score=-math.inf, best_weights={})
+    progress = SimpleNamespace(stage=stage, step=0, log=[], best_score=-math.inf, best_weights={})
     progress.bad_evals = 0  # validations in a row without a better score
-    progress.log = []  # a line per update, of both stages
     if (o.out / "last.pt").exists():
-        load(run, progress, optimizer, coin)
+        load(run, progress, optimizer)
     lengths = [len(example.question) for example in examples]
-    batches = []  # of all updates: epoch after epoch, each with a seed of its own
+    batches = []  # of all updates
     while len(batches) < steps:
-        batches += data.batch_order(lengths, o.batch_size, o.seed, len(batches))
-    mine = slice(RANK, None, WORLD)  # the rows of a batch that are this process's
+        batches += data.batch_order(lengths, o.batch_size, o.seed, epoch=len(batches))
     run.model.train()
     for step in tqdm(range(progress.step, steps), f"stage {stage}", disable=RANK > 0 or None):
         if progress.bad_evals == patience:
             break
         batch = [examples[i] for i in batches[step]]
-        torch.manual_seed(10**9 * o.seed + 10**4 * step + RANK)  # of dropout
-        alpha, p = o.alpha, 0.0
-        if stage == 2 and o.method == "r2d":
-            alpha = alpha_at(step, steps, o.warmup, o.alpha)
-            p = p_predicted(step, steps, o.schedule, o.warmup, o.ramp, o.cap)
-        coins = flip_coins(len(batch), p, coin)  # of the whole batch, in every process
+        seed = 10**9 * o.seed + 10**4 * step  # of this update, so that a run can resume
+        torch.manual_seed(seed + RANK)  # for dropout
         if stage == 1:
-            loss, log = stage1_loss(run, batch[mine])
+            schedule = {}
+            loss, log = stage1_loss(run, batch[RANK::WORLD])  # the rows of this process
         else:
-            loss, log = stage2_loss(run, batch[mine], coins[mine], alpha)
+            alpha, p = o.alpha, 0.0
+            if o.method == "r2d":
+                alpha = alpha_at(step, steps, o.warmup, o.alpha)
+                p = p_predicted(step, steps, o.schedule, o.warmup, o.ramp, o.cap)
+            schedule = {"alpha": alpha, "p_predicted": p}
+            coins = flip_coins(len(batch), p, torch.Generator().manual_seed(seed))
+            loss, log = stage2_loss(run, batch[RANK::WORLD], coins[RANK::WORLD], alpha)
         run.model.zero_grad()
         loss.backward()
         if WORLD > 1:
             sum_over_processes(run, log)
         grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0).item()
         if not math.isfinite(grad_norm):
-            raise InputError(f"stage {stage}, update {step}: the loss is not finite; lower --lr")
+            raise InputError(f"update {step}: the gradients are infinite; lower --lr")
         lr = lr_at(step, steps, o.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["size"]
         optimizer.step()
         progress.step = step + 1
-        line = {"stage": stage, "step": step, "alpha": alpha, "p_predicted": p, **log}
-        progress.log.append({**line, "lr": lr, "grad_norm": grad_norm})
+        line = {"stage": stage, "step": step, **schedule, **log, "lr": lr, "grad_norm": grad_norm}
+        progress.log.append(line)
         if progress.step % o.eval_every == 0 or progress.step == steps:
-            scores = validate(run, stage)
-            progress.log[-1].update(scores)
-            score = -scores["val_loss"] if stage == 1 else scores["val_macro_f1"]
+            line.update(validate(run, stage))
+            score = -line["val_loss"] if stage == 1 else line["val_macro_f1"]
             if progress.step >= select_from and score > progress.best_score:
                 progress.best_score = score
                 progress.best_weights = copy.deepcopy(run.model.state_dict())
@@ -314,50 +311,50 @@ def train(run: Run, stage: int) -> None:
             elif progress.step >= select_from:
                 progress.bad_evals += 1
             if RANK == 0:
-                save(run, progress, optimizer, coin)
+                save(run, progress, optimizer)
     run.model.load_state_dict(progress.best_weights)
     if RANK == 0:
         checkpoint = {"config": asdict(run.model.config), "weights": progress.best_weights}
-        write_checkpoint(o.out / f"stage{stage}.pt", checkpoint)
+        data.write_checkpoint(o.out / f"stage{stage}.pt", checkpoint)
 
 
 # ---- The test: the same notes explained under the gold, the predicted and a flipped label -------
 def test_rows(run: Run) -> list[dict]:
     """One row per test example, with every fact that the scores need: predictions.jsonl."""
-    questions, _, rationales = columns(run.data.test)
+    questions, _, rationales = columns(run.dataset.test)
     predicted = predict_labels(run, questions)
     conditions = {"r2d": ["gold", "predicted", "flipped"], "dss": ["predicted"], "sft": []}
-    majority = Counter(columns(run.data.train)[1]).most_common(1)[0][0]
+    majority = Counter(columns(run.dataset.train)[1]).most_common(1)[0][0]
     rng = random.Random(run.options.seed)
     rows = []
-    for i, example in enumerate(run.data.test):
-        wrong = [label for label in run.data.labels if label != example.label]
+    for i, example in enumerate(run.dataset.test):
+        wrong = [label for label in run.dataset.labels if label != example.label]
         row = {**vars(example), "predicted_label": predicted[i], "flipped_label": rng.choice(wrong)}
         row["majority_label"] = majority
-        if run.data.ceiling:  # on triage
-            row["ceiling_label"] = run.data.ceiling[i].label
-        if run.data.ceiling and run.options.method != "sft":
-            row["rationale_given_ceiling"] = run.data.ceiling[i].rationale
-            row["rationale_given_ceiling_gold"] = run.data.ceiling_gold[i].rationale
+        if run.dataset.ceiling:  # on triage: what a perfect reader of the note would say
+            row["ceiling_label"] = run.dataset.ceiling[i].label
+        if run.dataset.ceiling and run.options.method != "sft":
+            row["rationale_given_ceiling"] = run.dataset.ceiling[i].rationale
+            row["rationale_given_ceiling_gold"] = run.dataset.ceiling_gold[i].rationale
         rows.append(row)
     for condition in conditions[run.options.method]:  # the prompts of DSS hold no label
-        labels = [row[metrics.CONDITIONS[condition]] for row in rows]
-        texts = explain_prompts(run, labels, questions)
-        written = decode(run, texts, run.options.max_target)
-        nats, tokens = rationale_nats(run, texts, rationales)
+        labels = [row[metrics.CONDITIONS[condition]] for row in rows]  # under this key of a row
+        prompts = explain_prompts(run, labels, questions)
+        texts = decode(run, prompts, run.options.max_target)
+        nats, tokens = rationale_nats(run, prompts, rationales)
         for i, row in enumerate(rows):
             row["tokens"] = tokens[i]
             row[f"nats_given_{condition}"] = nats[i]
-            row[f"rationale_given_{condition}"] = written[i]
+            row[f"rationale_given_{condition}"] = texts[i]
     add_verdicts(run, rows)
     return rows
 
 
 def add_verdicts(run: Run, rows: list[dict]) -> None:
     """Which label each rationale argues for: by the checker on triage, elsewhere by the reader."""
-    explained = [example for example in run.data.train if example.rationale]
+    explained = [example for example in run.dataset.train if example.rationale]
     texts = [example.rationale for example in explained]
-    reader = metrics.Reader(texts, [example.label for example in explained], run.data.labels)
+    reader = metrics.Reader(texts, [example.label for example in explained], run.dataset.labels)
     for row in rows:
         row["reader_label"] = reader(row["rationale"])
         for condition in metrics.CONDITIONS:
@@ -375,7 +372,7 @@ def evaluate(run: Run) -> None:
     run.model.eval()
     rows = test_rows(run)
     result = {"method": o.method, "data": o.data, "seed": o.seed}
-    result.update(metrics.score(rows, run.data.labels))
+    result.update(metrics.score(rows, run.dataset.labels))
     lines = [json.dumps(row) + "\n" for row in rows]
     write_file(o.out / "predictions.jsonl", "".join(lines).encode())
     write_file(o.out / "metrics.json", json.dumps(result, indent=2).encode())
@@ -388,32 +385,25 @@ def evaluate(run: Run) -> None:
 
 
 # ---- The files of a run -------------------------------------------------------------------------
-def write_checkpoint(path: Path, content: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_file(path, buffer.getvalue())
-
-
-def save(run: Run, progress: argparse.Namespace, optimizer: Adam, coin: torch.Generator) -> None:
+def save(run: Run, progress: SimpleNamespace, optimizer: Adam) -> None:
     """All that `load` needs, in last.pt; and the log so far, in log.jsonl."""
-    state = {"progress": vars(progress), "weights": run.model.state_dict()}
-    state.update(optimizer=optimizer.state_dict(), coin=coin.get_state())
-    write_checkpoint(run.options.out / "last.pt", state)
+    state = {"progress": vars(progress), "optimizer": optimizer.state_dict()}
+    state["weights"] = run.model.state_dict()
+    data.write_checkpoint(run.options.out / "last.pt", state)
     lines = [json.dumps(line) + "\n" for line in progress.log]
     write_file(run.options.out / "log.jsonl", "".join(lines).encode())
 
 
-def load(run: Run, progress: argparse.Namespace, optimizer: Adam, coin: torch.Generator) -> None:
-    """Put the last save of this stage back in place. Stage 2 begins with the log of stage 1."""
+def load(run: Run, progress: SimpleNamespace, optimizer: Adam) -> None:
+    """Put the last save back in place; of a save of stage 1, stage 2 takes the log alone."""
     path = run.options.out / "last.pt"
     with reading(path):
         state = torch.load(path, map_location=run.device, weights_only=True)
         progress.log = state["progress"]["log"]
         if state["progress"]["stage"] == progress.stage:
             vars(progress).update(state["progress"])
-            run.model.load_state_dict(state["weights"])
             optimizer.load_state_dict(state["optimizer"])
-            coin.set_state(state["coin"].cpu())
+            run.model.load_state_dict(state["weights"])
 
 
 def load_weights(run: Run, stage: int) -> None:
@@ -427,7 +417,7 @@ def load_weights(run: Run, stage: int) -> None:
 # ---- The command line ---------------------------------------------------------------------------
 def make_parser() -> argparse.ArgumentParser:
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser("r2d.py", argparse.SUPPRESS, formatter_class=formatter)
+    parser = argparse.ArgumentParser("r2d.py", usage=argparse.SUPPRESS, formatter_class=formatter)
     add = parser.add_argument_group("method").add_argument
     add("--stage", type=int, choices=[1, 2], default=2, help="1: stop after stage 1")
     add("--method", choices=["r2d", "sft", "dss"], default="r2d", help="the paper's, or a baseline")
@@ -440,7 +430,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--alpha", type=float, default=0.7, help="weight of the label loss after the warm-up")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="triage", help="triage (simulated), a .jsonl, .csv or .json, a folder")
-    add("--override", type=float, default=0.2, help="triage: share of calls decided off the rule")
+    add("--override", type=float, default=0.2, help="triage: calls decided against the rule")
     add("--notes", type=int, default=20000, help="triage: training notes")
     voices = ["llm", "nurse", "post"]
     add("--rationales", choices=voices, default="llm", help="triage: whose rationales are learned")
@@ -449,22 +439,22 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-source", type=int, default=256, help="tokens of a prompt; longer ones are cut")
     add("--max-target", type=int, default=128, help="tokens of a rationale")
     add("--vocab-size", type=int, default=1536, help="pieces of the tokenizer")
-    add = parser.add_argument_group("model").add_argument
-    add("--init", help="folder of a T5 or Flan-T5 checkpoint to start from")
+    add = parser.add_argument_group("model, without --init").add_argument
     add("--width", type=int, default=128, help="of the model; feed-forward layers: 4 times that")
     add("--layers", type=int, default=2, help="of the encoder, and of the decoder")
     add("--heads", type=int, default=4, help="attention heads")
     add("--dropout", type=float, default=0.0, help="dropout rate")
     add = parser.add_argument_group("training").add_argument
+    add("--init", help="folder of a T5 or Flan-T5 checkpoint to start from")
     add("--stage1-steps", type=int, default=150, help="updates in stage 1")
     add("--stage2-steps", type=int, default=700, help="updates in stage 2")
     add("--batch-size", type=int, default=32, help="examples per update, over all processes")
-    add("--lr", type=float, default=0.02, help="peak rate, relative; 0.001 suits --init")
+    add("--lr", type=float, default=0.02, help="peak, relative to weights; 0.001 for --init")
     add("--eval-every", type=int, default=100, help="updates between two validations")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matrix products")
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, default="out", help="folder of the run")
-    add("--seed", type=int, default=0, help="of data, weights, batches and coins")
+    add("--seed", type=int, default=0, help="of all that is left to chance")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
     add("--eval", action="store_true", help="evaluate the checkpoint in --out; no training")
     add("--ask", metavar="TEXT", help="predict and explain one note with the checkpoint in --out")
@@ -472,27 +462,28 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
-    """The options. Those of the run in --out may be left out, not changed. Exits with status 2."""
+    """The options; a run in --out has its own. A wrong one ends the program with status 2."""
     parser = make_parser()
     o = parser.parse_args(arguments)
     path = o.out / "config.json"
     if path.exists():
         with reading(path):
             saved = json.loads(path.read_text(encoding="utf-8"))
-            parser.set_defaults(**saved)
+            parser.set_defaults(**saved)  # labels, model and data_sha256 among them
         o = parser.parse_args(arguments)
         for name, value in saved.items():
             if getattr(o, name) != value:
-                parser.error(f"{name}: the run in {o.out} has {value}; give another --out")
+                parser.error(f"{name}: the run in {o.out} has {value}; change --out")
     least = {"seed": 0, "max_target": 2, "max_source": 32, "vocab_size": 400}  # of others: 1
     for name, value in vars(o).items():
         if type(value) is int and not least.get(name, 1) <= value <= 10**9:
             parser.error(f"{name} {value}: must be between {least.get(name, 1)} and a billion")
         if type(value) is float and not 0 <= value <= 1:
             parser.error(f"{name} {value}: must be between 0 and 1")
-    o.no_stage1 = o.no_stage1 or o.method != "r2d"
-    if o.stage == 1 and o.no_stage1:
-        parser.error("--stage 1: only --method r2d has it, without --no-stage1")
+    if o.stage == 1 and (o.method != "r2d" or o.no_stage1 or o.eval):
+        parser.error("--stage 1: is training, of --method r2d alone, without --no-stage1")
+    if o.ask is not None and not o.ask.strip():
+        parser.error("--ask: the text is empty; give the note in quotes")
     return o
 
 
@@ -502,11 +493,15 @@ def setup(o: argparse.Namespace) -> Run:
     device = accelerator if o.device == "auto" else o.device
     if device not in ("cpu", accelerator):
         raise InputError(f"--device {device}: this machine has none; use --device cpu")
-    voices = (o.rationales, o.stage1_rationales)
-    dataset = data.load_data(o.data, o.seed, o.limit, o.notes, o.override, *voices)
+    if device == "cuda":
+        torch.cuda.set_device(RANK % torch.cuda.device_count())
+    both_voices = (o.rationales, o.stage1_rationales)
+    dataset = data.load_data(o.data, o.seed, o.limit, o.notes, o.override, *both_voices)
     questions, _, rationales = columns(dataset.train + dataset.stage1_train)
     if not any(rationales) and o.method != "sft":
-        raise InputError(f"{o.data}: no rationale in train; fill the column, or use --method sft")
+        raise InputError(f"{o.data}: train has no rationales; use --method sft")
+    if WORLD > min(len(dataset.train), o.batch_size):
+        raise InputError(f"{WORLD} processes: more than a batch has examples")
     torch.manual_seed(o.seed)
     if o.init:
         tokenizer = Tokenizer.load(Path(o.init) / "spiece.model")
@@ -515,63 +510,65 @@ def setup(o: argparse.Namespace) -> Run:
         except ValueError as e:
             raise InputError(str(e)) from None
     else:
-        prefixes = prompts("predict: explain: given label:", dataset.labels)
-        tokenizer = Tokenizer.train([*prefixes, *questions, *rationales], o.vocab_size)
+        if (o.out / "tokenizer.model").exists():
+            tokenizer = Tokenizer.load(o.out / "tokenizer.model")
+        else:
+            prefixes = with_prefix("predict: explain: given label:", dataset.labels)
+            tokenizer = Tokenizer.train([*prefixes, *questions, *rationales], o.vocab_size)
         d_kv = math.ceil(o.width / o.heads)
         shape = (o.width, o.heads, d_kv, 4 * o.width, o.layers, o.layers, o.dropout)
         model = Transformer(ModelConfig(len(tokenizer), *shape))
-    for label in dataset.labels:
-        ids = tokenizer.encode([label], o.max_target)[0]
-        if len(ids) > o.max_source // 2 or tokenizer.decode(ids.tolist()) != label:
-            raise InputError(f"{o.data}: the label {label[:50]!r} is too long for the prompts")
-    return Run(o, dataset, tokenizer, model.to(device), device)
+    label_tokens = tokenizer.longest(dataset.labels, min(o.max_target, o.max_source // 2))
+    return Run(o, dataset, tokenizer, model.to(device), device, label_tokens)
 
 
-def begin(run: Run) -> None:
+def write_config(run: Run) -> None:
     """Say what is trained on what; write config.json and tokenizer.model."""
-    o, labels = run.options, run.data.labels
-    for name in ["train", "val", "test"]:
-        texts = prompts("explain:", columns(getattr(run.data, name))[0])
-        ids = run.tokenizer.encode(texts, o.max_source)
-        full = int(ids[:, o.max_source - 1 :].count_nonzero())
-        print(f"{o.data}: {len(ids)} {name} examples; {full} fill --max-source {o.max_source}")
-    if len({" ".join(label.lower().split()) for label in labels}) < len(labels):
-        print("note: some labels differ from others only by case or spaces")
-    config = {**vars(o), "labels": labels, "model": asdict(run.model.config)}
-    config["data_sha256"] = hashlib.sha256(repr(run.data).encode()).hexdigest()
+    o = run.options
+    for split in ["train", "val", "test"]:
+        questions, labels, _ = columns(getattr(run.dataset, split))
+        ids = run.tokenizer.encode(explain_prompts(run, labels, questions), o.max_source)
+        full = int(ids[:, o.max_source - 1 :].count_nonzero())  # whose last place is filled
+        print(f"{o.data}: {len(ids)} {split} examples; {full} fill --max-source {o.max_source}")
+    config = {**vars(o), "labels": run.dataset.labels, "model": asdict(run.model.config)}
+    config["data_sha256"] = hashlib.sha256(repr(run.dataset).encode()).hexdigest()
+    if getattr(o, "data_sha256", config["data_sha256"]) != config["data_sha256"]:
+        raise InputError(f"{o.data}: other data than the run in {o.out} has; change --out")
     for name in ["stage", "out", "device", "eval", "ask"]:  # these may change from call to call
         del config[name]
-    if getattr(o, "data_sha256", config["data_sha256"]) != config["data_sha256"]:
-        raise InputError(f"{o.data}: changed since the run in {o.out} began; give another --out")
     o.out.mkdir(parents=True, exist_ok=True)
-    write_file(o.out / "tokenizer.model", run.tokenizer.model)
     write_file(o.out / "config.json", json.dumps(config, indent=2).encode())
+    write_file(o.out / "tokenizer.model", run.tokenizer.model)
 
 
 def run_command(o: argparse.Namespace) -> None:
-    """Answer --ask, or train and evaluate what is not done yet."""
+    """Answer --ask, evaluate, or train and evaluate what is not done yet."""
     last_file = o.out / ("stage1.pt" if o.stage == 1 else "metrics.json")
-    if last_file.exists() and not (o.ask or o.eval):
-        print(f"{last_file}: this run is finished; to start over, delete {o.out}")
+    if last_file.exists() and o.ask is None and not o.eval:
+        print(f"{last_file}: this run is finished; for a new one give another --out")
         return
     run = setup(o)
-    if o.ask or (o.eval and not o.init):
+    as_is = o.eval and o.init and not (o.out / "last.pt").exists()  # a T5 without training
+    if (o.eval or o.ask) and not as_is:
         load_weights(run, 2)
     if o.ask:
         label = predict_labels(run, [o.ask])[0]
         print(f"label      {label}")
         if o.method != "sft":
-            texts = explain_prompts(run, [label], [o.ask])
-            print(f"rationale  {decode(run, texts, o.max_target)[0]}")
+            prompts = explain_prompts(run, [label], [o.ask])
+            print(f"rationale  {decode(run, prompts, o.max_target)[0]}")
         return
     if RANK == 0:
-        begin(run)
-    stages = [2] if o.no_stage1 else [1, 2]
-    with torch.autocast(run.device, torch.bfloat16, o.dtype == "bfloat16", cache_enabled=False):
-        for stage in stages[: o.stage]:
+        write_config(run)
+    stages = [] if o.eval else [1, 2][: o.stage]
+    if o.no_stage1 or o.method != "r2d":
+        stages = stages[1:]
+    bfloat16 = o.dtype == "bfloat16"  # without a cache, which would keep old weights
+    with torch.autocast(run.device, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
+        for stage in stages:
             if (o.out / f"stage{stage}.pt").exists():
                 load_weights(run, stage)
-            elif not o.eval:
+            else:
                 train(run, stage)
         if o.stage == 2 and RANK == 0:
             evaluate(run)
@@ -588,12 +585,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"r2d.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("r2d.py: stopped; the same command goes on from the last save", file=sys.stderr)
+        print("r2d.py: stopped; the same command goes on", file=sys.stderr)
         return 130
-    except RuntimeError:
+    except RuntimeError as e:
         if WORLD == 1:
             raise
-        print("r2d.py: another process was lost; the same command goes on", file=sys.stderr)
+        problem = f"a process was lost ({str(e)[:60]!r}); the same command goes on"
+        print(f"r2d.py: {problem}", file=sys.stderr)
         return 1
 
 
