@@ -429,18 +429,18 @@ def make_parser() -> argparse.ArgumentParser:
     add("--cap", type=float, default=0.9, help="P(predicted) after the ramp")
     add("--alpha", type=float, default=0.7, help="weight of the label loss after the warm-up")
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="triage", help="triage (simulated), a .jsonl, .csv or .json, a folder")
+    add("--data", default="triage", help="triage (simulated), a file or a folder")
     add("--override", type=float, default=0.2, help="triage: calls decided against the rule")
     add("--notes", type=int, default=20000, help="triage: training notes")
     voices = ["llm", "nurse", "post"]
     add("--rationales", choices=voices, default="llm", help="triage: whose rationales are learned")
     add("--stage1-rationales", choices=voices, default="llm", help="triage: the same in stage 1")
-    add("--limit", type=int, help="at most so many examples of each split, for trying")
-    add("--max-source", type=int, default=256, help="tokens of a prompt; longer ones are cut")
-    add("--max-target", type=int, default=128, help="tokens of a rationale")
+    add("--limit", type=int, help="at most so many examples of a split")
+    add("--max-source", type=int, default=256, help="tokens of a prompt at most")
+    add("--max-target", type=int, default=128, help="tokens of a rationale at most")
     add("--vocab-size", type=int, default=1536, help="pieces of the tokenizer")
     add = parser.add_argument_group("model, without --init").add_argument
-    add("--width", type=int, default=128, help="of the model; feed-forward layers: 4 times that")
+    add("--width", type=int, default=128, help="of the model")
     add("--layers", type=int, default=2, help="of the encoder, and of the decoder")
     add("--heads", type=int, default=4, help="attention heads")
     add("--dropout", type=float, default=0.0, help="dropout rate")
@@ -448,7 +448,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--init", help="folder of a T5 or Flan-T5 checkpoint to start from")
     add("--stage1-steps", type=int, default=150, help="updates in stage 1")
     add("--stage2-steps", type=int, default=700, help="updates in stage 2")
-    add("--batch-size", type=int, default=32, help="examples per update, over all processes")
+    add("--batch-size", type=int, default=32, help="examples per update")
     add("--lr", type=float, default=0.02, help="peak, relative to weights; 0.001 for --init")
     add("--eval-every", type=int, default=100, help="updates between two validations")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matrix products")
@@ -456,8 +456,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default="out", help="folder of the run")
     add("--seed", type=int, default=0, help="of all that is left to chance")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
-    add("--eval", action="store_true", help="evaluate the checkpoint in --out; no training")
-    add("--ask", metavar="TEXT", help="predict and explain one note with the checkpoint in --out")
+    add("--eval", action="store_true", help="evaluate without training")
+    add("--ask", metavar="TEXT", help="predict and explain one note")
     return parser
 
 
