@@ -153,7 +153,7 @@ def judge(args: argparse.Namespace) -> None:
 
 
 def zeroshot(args: argparse.Namespace, o: argparse.Namespace) -> None:
-    """Label and rationale of every test note, scored as a run: predictions.jsonl, metrics.json."""
+    """Label and rationale of every test note, with the files of a run. `o` are r2d.py's options."""
     if (o.out / "config.json").exists():
         raise InputError(f"{o.out}: holds a run of r2d.py; give another --out")
     voices = (o.rationales, o.stage1_rationales)
@@ -168,10 +168,8 @@ def zeroshot(args: argparse.Namespace, o: argparse.Namespace) -> None:
         answer = answers[prompts[i]]
         found = json_answer(answer)
         label = str(found.get("label") or answer).strip()
-        if label not in dataset.labels:
-            label = names.get(label.lower(), label)
         row = dict(vars(example))
-        row["predicted_label"] = label
+        row["predicted_label"] = names.get(label.lower(), label)
         row["majority_label"] = train_labels.most_common(1)[0][0]
         row["rationale_given_predicted"] = str(found.get("rationale") or "").strip()
         if dataset.ceiling:  # triage
@@ -179,7 +177,7 @@ def zeroshot(args: argparse.Namespace, o: argparse.Namespace) -> None:
             row["rationale_given_ceiling"] = dataset.ceiling[i].rationale
             row["rationale_given_ceiling_gold"] = dataset.ceiling_gold[i].rationale
         rows.append(row)
-    run = argparse.Namespace(options=o, data=dataset)  # an r2d.Run without a model
+    run = argparse.Namespace(options=o, dataset=dataset)  # an r2d.Run without a model
     r2d.add_verdicts(run, rows)
     result = {"method": "zeroshot", "data": o.data, "seed": o.seed, "updates": 0}
     result.update(metrics.score(rows, dataset.labels))
