@@ -2,14 +2,13 @@
 
 The default data are SIMULATED and are not medical advice. The paper's notes are private, so a
 generator stands in: it draws the facts of a call, a rule makes the label from the facts, and note
-and rationale are written from them. As facts can be read back, a rationale is checked exactly.
+and rationale are written from them. Facts can be read back: so any rationale can be checked.
 """
 
 import contextlib
 import csv
 import io
 import json
-import os
 import random
 import re
 from collections import Counter, namedtuple
@@ -44,8 +43,8 @@ class Dataset:
     labels: list[str]
     stage1_train: list[Example]  # the same notes with the rationales that stage 1 learns
     stage1_val: list[Example]
-    ceiling: list[Example]  # the rule's label and its rationale for each test note
-    ceiling_gold: list[Example]  # the gold label and its rationale; a user's data have neither
+    ceiling: list[Example]  # test notes, the rule's labels: what a perfect reader would answer
+    ceiling_gold: list[Example]  # what it would answer if told the gold label; else empty lists
 
 
 # ---- The simulated nurse line: words. A fact is named by its usual wording; `other` is another,
@@ -146,10 +145,10 @@ class Call:
     severity: str
     days: int
     flags: list[str]  # the red flags, the worst first
-    denied: list[str]  # a red flag that the caller denies, or none; likewise the next two
-    cues: list[str]
-    modifiers: list[str]
-    ending: float  # from 0 to 1: does a rationale name its label, or imply it?
+    denied: list[str]  # at most one red flag
+    cues: list[str]  # at most one
+    modifiers: list[str]  # at most one
+    ending: float  # of rationales: below a share in NAMED they name the label, else imply it
 
     def facts(self) -> set[str]:
         facts = {self.complaint, self.severity, *self.flags, *self.cues, *self.modifiers}
@@ -192,8 +191,9 @@ def draw_call(rng: random.Random) -> Call:
     complaint = rng.choice(list(COMPLAINTS))
     group = GROUPS[COMPLAINTS[complaint].group]
     weights = [6 - RED_FLAGS[flag].tier for flag in group]  # the worse, the rarer
-    drawn = rng.choices(group, weights, k=rng.choices([0, 1, 2], [48, 40, 12])[0])
-    modifiers = MODIFIERS[1:] if complaint == "anxiety" else MODIFIERS  # a baby has none
+    n_flags = rng.choices([0, 1, 2], [48, 40, 12])[0]
+    drawn = rng.choices(group, weights, k=n_flags)  # perhaps the same one twice
+    modifiers = MODIFIERS[1:] if complaint == "anxiety" else MODIFIERS  # a baby is not anxious
     return Call(
         complaint=complaint,
         severity=rng.choices(["mild", "moderate", "severe"], [46, 36, 18])[0],
@@ -288,7 +288,9 @@ def explain(call: Call, note: str, tier: int, voice: str, ending: float) -> Exam
     return Example(note, DISPOSITIONS[tier], rationale)
 
 
-def simulate(sizes: dict[str, int], override: float, seed: int, voice: str, stage1: str) -> Dataset:
+def simulate(
+    sizes: dict[str, int], override: float, seed: int, voice: str, stage1_voice: str
+) -> Dataset:
     """The simulated nurse line; `sizes` of train, val and test, the voices of both stages.
 
     In a share `override` of the calls the nurse decides one level above or below the rule, for
@@ -296,21 +298,21 @@ def simulate(sizes: dict[str, int], override: float, seed: int, voice: str, stag
     """
     data = Dataset([], [], [], DISPOSITIONS, [], [], [], [])
     for split, size in sizes.items():
-        rng = random.Random(f"{seed} {split}")  # a text: the same calls on every machine
+        rng = random.Random(f"{seed} {split}")
         for _ in range(size):
             call = draw_call(rng)
             note = write_note(call, rng)
             rule = triage_tier(call.facts())
             neighbour = rng.choice([tier for tier in (rule - 1, rule + 1) if 0 <= tier <= 4])
-            tier = neighbour if rng.random() < override else rule
+            tier = neighbour if rng.random() < override else rule  # drawn or not: same notes
             example = explain(call, note, tier, voice, call.ending)
             getattr(data, split).append(example)
             if split == "test":  # the reference explainer always takes the likelier ending
                 data.ceiling.append(explain(call, note, rule, voice, 0.5))
                 data.ceiling_gold.append(explain(call, note, tier, voice, 0.5))
             else:
-                if stage1 != voice:
-                    example = explain(call, note, tier, stage1, call.ending)
+                if stage1_voice != voice:
+                    example = explain(call, note, tier, stage1_voice, call.ending)
                 getattr(data, f"stage1_{split}").append(example)
     return data
 
@@ -365,16 +367,12 @@ def write_checkpoint(path: Path, content: dict) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Whatever is wrong with a file of a run becomes one InputError."""
+    """Whatever is wrong with a file becomes one InputError."""
     try:
         yield
-    except Exception as e:  # a missing or damaged file raises half a dozen types
-        raise InputError(
-            f"{path}: not a file of this run ({type(e).__name__}); delete it"
-        ) from None
-
-
-FAULTS = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error)
+    except Exception as error:  # a missing or damaged file raises a dozen types
+        problem = f"{type(error).__name__}: {str(error)[:100]}"
+        raise InputError(f"{path}: {problem}; mend it or give another path") from None
 
 
 def read_records(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -392,9 +390,11 @@ def read_records(path: Path) -> Iterator[tuple[str, list[str]]]:
             if line.strip():
                 row = json.loads(line)
                 yield f"line {number}", [row["question"], row["label"], row["rationale"]]
+    elif path.suffix != ".json":
+        raise ValueError("its name must end in .csv, .jsonl or .json")
     else:
         content = json.loads(text)
-        for number, item in enumerate(content.get("questions", [])):  # BioASQ, Task B
+        for number, item in enumerate(content.get("questions", []), 1):  # BioASQ, Task B
             if item["type"] == "yesno":
                 texts = [item["body"]] + [snippet["text"] for snippet in item["snippets"]]
                 answer = item["ideal_answer"]
@@ -412,13 +412,13 @@ def read_file(path: Path) -> dict[str, Example]:
     examples = {}
     place = "the start"
     try:
-        for place, (question, label, rationale) in read_records(path):
+        for place, (question, label, rationale) in read_records(path):  # place: for the message
             example = Example(question.strip(), label.strip(), rationale.strip())
-            (question + label + rationale).encode()  # half a character is a ValueError
+            (question + label + rationale).encode()  # a lone surrogate, which JSON can hold, fails
             if not example.question or not example.label:
                 raise ValueError("question or label is empty")
             examples[place] = example
-    except FAULTS as error:
+    except Exception as error:
         problem = f"{type(error).__name__}: {error}, at or after {place}"
         hint = "needs question,label,rationale as UTF-8 text; .json only as PubMedQA or BioASQ"
         raise InputError(f"{path}: {problem}; {hint}") from None
@@ -430,7 +430,7 @@ def read_splits(path: Path, seed: int) -> list[list[Example]]:
 
     PubMedQA's official test ids decide if its test_ground_truth.json lies beside the file.
     """
-    if os.path.isdir(path):
+    if path.is_dir():
         splits = []
         for split in ("train", "val", "test"):
             files = [path / f"{split}.jsonl", path / f"{split}.csv"]
@@ -445,26 +445,27 @@ def read_splits(path: Path, seed: int) -> list[list[Example]]:
     test = places[: len(places) // 10]
     truth = path.with_name("test_ground_truth.json")
     if path.suffix == ".json" and truth.exists():
-        official = truth.read_text(encoding="utf-8", errors="replace")
-        test = [place for place in places if f'"{place}"' in official]
+        with reading(truth):
+            official = json.loads(truth.read_text(encoding="utf-8"))
+            test = [place for place in places if place in official]
     in_test = set(test)
     rest = [place for place in places if place not in in_test]
-    val = rest[: len(rest) // 9]
+    val = rest[: len(rest) // 9]  # a tenth of all
     train = rest[len(val) :]
     return [list(map(examples.get, split)) for split in (train, val, test)]
 
 
 def load_data(
-    source: str, seed: int, limit: int | None, notes: int, override: float, voice: str, stage1: str
+    source: str, seed: int, limit: int | None, notes: int, override: float, *voices: str
 ) -> Dataset:
     """The data set named by `source`: `triage`, a file or a folder. Raises InputError."""
     if source == "triage":
         sizes = {"train": notes, "val": 500, "test": 1000}
         sizes = {split: min(size, limit or size) for split, size in sizes.items()}
-        return simulate(sizes, override, seed, voice, stage1)
+        return simulate(sizes, override, seed, *voices)
     train, val, test = [split[:limit] for split in read_splits(Path(source), seed)]
-    labels = Counter(example.label for example in train + val + test)
-    if not val or not test or len({example.label for example in train}) < 2:
+    labels = Counter(columns(train + val + test)[1])
+    if not val or not test or len(set(columns(train)[1])) < 2:
         raise InputError(f"{source}: needs two labels in train, examples in val and test; add some")
     if len({" ".join(label.lower().split()) for label in labels}) < len(labels):
         print(f"note: some labels in {source} differ from others only by case or spaces")
@@ -493,10 +494,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        try:
+        with reading(path):
             tokenizer = cls(path.read_bytes())
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"{path}: {error}; the tokenizer belongs beside the weights") from None
         if tokenizer.processor.pad_id() != 0 or tokenizer.processor.eos_id() != 1:
             raise InputError(f"{path}: padding and end are not the ids 0 and 1; give a T5's")
         return tokenizer
@@ -508,7 +507,8 @@ class Tokenizer:
         What is not in the vocabulary is written in bytes, so no text, above all no label, loses a
         letter: SentencePiece's default coverage once dropped the E of "go to ED now".
         """
-        frequent = [char for char, _ in Counter("".join(texts)).most_common()]
+        counts = Counter("".join(texts))
+        frequent = sorted(counts, key=counts.get, reverse=True)
         rare = dict.fromkeys(map(ord, frequent[vocab_size // 4 :]), " ")  # these become bytes
         model = io.BytesIO()
         ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
@@ -543,9 +543,7 @@ class Tokenizer:
         rows = self.encode(labels, limit)
         for label, ids in zip(labels, rows.tolist(), strict=True):
             if self.decode(ids) != label:
-                raise InputError(
-                    f"the label {label[:50]!r} is too long or has odd signs; rename it"
-                )
+                raise InputError(f"the label {label[:50]!r} does not fit; rename it")
         return rows.shape[1]
 
     def decode(self, ids: list[int]) -> str:
