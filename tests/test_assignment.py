@@ -125,7 +125,7 @@ macro_f1 = metrics.macro_f1
 
 def explain_batch(examples, labels, coins, predict, training):
     notes = [data.Example(**e) for e in examples]
-    run = SimpleNamespace(data=SimpleNamespace(labels=labels))
+    run = SimpleNamespace(dataset=SimpleNamespace(labels=labels))
     given = [note.label for note in notes]
     with mock.patch.object(r2d, "predict_labels", lambda run, questions: predict(questions)):
         if training:
