@@ -56,8 +56,7 @@ def test_every_wording_is_read_back_as_its_fact(frame):
 
 def test_short_texts_are_read():
     """Catches a limit off by one, words found inside words, a label where none or two are named."""
-    assert read_facts("for 7 days, a man of 80 years, coughing whether rashly") == set()
-    assert read_facts("for 8 days") == {"over a week"}
+    assert read_facts("for 7 days, coughing whether rashly; for 8 days") == {"over a week"}
     for text in ("", "Go home, careful.", "Blue lips. Severe.", "Home care. Call 911."):
         assert data.argues_for(text) is None
     assert data.argues_for("CALL 911.") == data.argues_for("Blue lips. EMS.") == "call 911"
@@ -267,8 +266,8 @@ def test_files_read_back_as_they_were_written(tmp_path, name, dump):
 def test_a_file_is_split_by_seed_and_cut_by_limit(tmp_path):
     """Catches test examples in train, wrong shares, and a limit that changes who is in test."""
     path = tmp_path / "a.jsonl"
-    full, small = load(path, as_jsonl(RECORDS)), load(path, limit=4)
-    assert [len(full.train), len(full.val), len(full.test)] == [24, 3, 3]
+    full, small = load(path, as_jsonl(RECORDS + RECORDS[:8])), load(path, limit=4)
+    assert [len(full.train), len(full.val), len(full.test)] == [32, 3, 3]
     assert len(set(everything(full))) == 30 and load(path) == full
     assert load(path, seed=1).test != full.test
     assert everything(small) == full.train[:4] + full.val + full.test
@@ -282,8 +281,7 @@ def test_a_folder_keeps_its_splits(tmp_path):
         load(tmp_path)
     (tmp_path / "test.jsonl").write_text(as_jsonl(RECORDS[24:]))
     dataset = load(tmp_path)
-    assert len(dataset.train) == 20 and len(dataset.val) == 4
-    assert everything(dataset) == [Example(**record) for record in RECORDS]
+    assert [len(dataset.train), *everything(dataset)] == [20, *(Example(**r) for r in RECORDS)]
     (tmp_path / "test.csv").write_text("twice")
     with pytest.raises(data.InputError, match=r"test\.jsonl or test\.csv"):
         load(tmp_path)
@@ -328,6 +326,7 @@ BLANK = {"a\nb": {"QUESTION": " ", "CONTEXTS": [], "final_decision": "a", "LONG_
         ("a.jsonl", as_jsonl(RECORDS) + "\n" + HALF, "UnicodeEncodeError.* after line 31;"),
         ("a.csv", "question,label,rationale\nq,a\n", "AttributeError.* after line 2;"),
         ("a.csv", "question,label,rationale\nq,a,r,r\n", "ValueError: more fields"),
+        ("a.csv", "question,label,rationale\nq, ,r\n", "question or label is empty"),
         ("a.json", json.dumps(BLANK), "ValueError: question or label is empty, at or after a b;"),
         ("a.jsonl", as_jsonl(RECORDS[::2]), "two labels in train"),
     ],
@@ -352,8 +351,8 @@ LENGTHS = [random.Random(i).randint(5, 120) for i in range(1000)]
 
 @cache
 def tokenizer() -> data.Tokenizer:
-    texts = [text for e in triage().train[:300] for text in (e.question, e.rationale, e.label)]
-    return data.Tokenizer.train(texts, 600)
+    texts = [text for e in triage().train for text in (e.question, e.rationale, e.label)]
+    return data.Tokenizer.train(texts, 1536)
 
 
 @pytest.mark.parametrize("text", [*DISPOSITIONS, *ODD.split("|")])
@@ -362,28 +361,27 @@ def test_text_survives_the_tokenizer(text):
     ids = tokenizer().processor.encode(text)
     assert tokenizer().decode(ids) == text and not {0, 1, 2} & set(ids)
     assert tokenizer().decode([0, *ids, 1, *ids, 0]) == text  # stops at the end token
-    assert tokenizer().decode([*ids, 605]) == text  # an id that T5 has too many
-    assert len(tokenizer()) == 600 and len(ids) <= len(text.encode()) + 1
+    assert tokenizer().decode([*ids, 1540]) == text  # an id that T5 has too many
+    assert len(tokenizer()) == 1536 and len(ids) <= len(text.encode()) + 1
 
 
 @pytest.mark.parametrize("texts", [["yes"], ["x" * 20_000], CHINESE], ids=["tiny", "long", "many"])
 def test_tokenizer_trains_on_odd_data_and_is_loaded_again(tmp_path, texts):
     """Catches SentencePiece's limits on size, length and characters; no model taken for one."""
     small, path = data.Tokenizer.train(texts, 600), tmp_path / "spiece.model"
-    assert data.Tokenizer.train(texts, 600).model == small.model
-    path.write_bytes(small.model)
+    path.write_bytes(data.Tokenizer.train(texts, 600).model)
     for text in texts[:50]:
         assert data.Tokenizer.load(path).decode(small.processor.encode(text)) == text
     path.write_bytes(b"no model")
     for wrong in (path, tmp_path / "nowhere"):
-        with pytest.raises(data.InputError, match="tokenizer belongs"):
+        with pytest.raises(data.InputError, match="spiece.model|nowhere"):
             data.Tokenizer.load(wrong)
 
 
 def test_encoding_pads_on_the_right_and_ends_with_the_end_token():
     """Catches padding on the left, a cut that loses the end token or the prefix, empty targets."""
-    texts = data.prompts("given label: go to ED now, explain:", data.columns(triage().test[:5])[0])
-    assert texts[4] == f"given label: go to ED now, explain: {triage().test[4].question}"
+    questions, _, _ = data.columns(triage().test[:5])
+    texts = [f"given label: go to ED now, explain: {question}" for question in questions]
     for limit in (256, 20):
         rows = tokenizer().encode([*texts, ""], limit)
         assert rows.dtype == torch.int64 and not rows[5].any()  # nothing to learn
@@ -392,6 +390,9 @@ def test_encoding_pads_on_the_right_and_ends_with_the_end_token():
         for ids, row in zip(whole, rows.tolist(), strict=False):
             ids = [*ids[: limit - 1], 1]
             assert row == ids + [0] * (len(row) - len(ids))
+    assert tokenizer().longest(DISPOSITIONS, 64) == tokenizer().encode(DISPOSITIONS, 64).shape[1]
+    with pytest.raises(data.InputError, match="rename it"):
+        tokenizer().longest(DISPOSITIONS, 3)  # a label that was cut is no label
 
 
 @pytest.mark.parametrize(("n", "size"), [(512, 16), (1000, 32), (64, 64), (3, 8)])
