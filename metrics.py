@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 CONDITIONS = {"gold": "label", "predicted": "predicted_label", "flipped": "flipped_label"}
-CONDITIONS |= {"ceiling_gold": "label", "ceiling": "ceiling_label"}  # label in the prompt
+CONDITIONS |= {"ceiling_gold": "label", "ceiling": "ceiling_label"}  # the prompt's label in a row
 
 
 def accuracy(gold: list[str], predicted: list[str]) -> float:
@@ -47,8 +47,8 @@ def tokenize_13a(text: str) -> list[str]:
     text = text.replace("&quot;", '"').replace("&amp;", "&")
     text = text.replace("&lt;", "<").replace("&gt;", ">")
     text = re.sub(r"([{-~\[-`!-&(-+:-@/])", r" \1 ", f" {text} ")  # symbols, but not ' , - .
-    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)  # . and , unless a digit stands before
-    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)  # ... or after
+    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)  # . and , apart but between
+    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)  # two digits
     return re.sub(r"([0-9])(-)", r"\1 \2 ", text).split()
 
 
@@ -141,13 +141,13 @@ class Reader:
                 text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", " ", text)
         return re.findall(r"\w+", text)
 
-    def __call__(self, text: str) -> str:
-        """The most probable label; unknown words say nothing."""
+    def __call__(self, text: str) -> str | None:
+        """The most probable label; unknown words say nothing, nor does an empty text."""
         scores = self.log_prior.copy()
         for word in self.words(text):
             if word in self.log_words:
                 scores += self.log_words[word]
-        return self.labels[scores.argmax()]
+        return self.labels[scores.argmax()] if text.strip() else None
 
 
 def share(name: str, flags: np.ndarray) -> dict:
@@ -275,7 +275,7 @@ def line(name: str, scores: dict, keys: list[str]) -> str:
 
 
 def table(result: dict) -> str:
-    """metrics.json as text of at most 100 columns; the sentences are for quoting."""
+    """metrics.json, or `score` and method, data, seed, as text of at most 100 columns."""
     label = result["label"]
     rationale = result.get("rationale", {})
     exposure = result.get("exposure", {})

@@ -177,7 +177,7 @@ class Transformer(nn.Module):
         return bias
 
     def encode(self, input_ids: Tensor) -> Tensor:
-        """(B, S) token ids, padded with pad_id -> (B, S, D). Rows of padding hold no meaning."""
+        """(B, S) token ids, padded with pad_id -> (B, S, D). Outputs at padding mean nothing."""
         x = self.dropout(self.embedding(input_ids))
         bias = self.position_bias(input_ids.shape[1], causal=False)  # (1, H, S, S)
         bias = bias + self.padding_bias(input_ids)  # (B, H, S, S)
@@ -260,7 +260,7 @@ class Transformer(nn.Module):
         return tokens[:, 1:]
 
 
-T5_NAMES = {  # parts of the names of weights in T5 checkpoints, and ours
+T5_NAMES = {  # parts of names in T5 checkpoints, and ours; replaced in this order
     "shared": "embedding",
     ".final_layer_norm": "_norm",
     ".block.0.layer.0.SelfAttention.relative_attention_bias": "_bias",
@@ -305,7 +305,7 @@ def rename_t5(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if "embed_tokens" in name or "EncDecAttention.relative_attention_bias" in name:
             continue  # copies of the embedding, and a bias of v1.0 that no layer uses
         if name.startswith("encoder"):
-            name = name.replace(".layer.1.", ".layer.2.")  # 1 is cross-attention
+            name = name.replace(".layer.1.", ".layer.2.")  # feed-forward
         for part, ours in T5_NAMES.items():
             name = name.replace(part, ours)
         state[name] = weight.float()

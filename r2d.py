@@ -285,7 +285,7 @@ def train(run: Run, stage: int) -> None:
                 alpha = alpha_at(step, steps, o.warmup, o.alpha)
                 p = p_predicted(step, steps, o.schedule, o.warmup, o.ramp, o.cap)
             schedule = {"alpha": alpha, "p_predicted": p}
-            coins = flip_coins(len(batch), p, torch.Generator().manual_seed(seed))
+            coins = flip_coins(len(batch), p, torch.Generator().manual_seed(seed + 9999))
             loss, log = stage2_loss(run, batch[RANK::WORLD], coins[RANK::WORLD], alpha)
         run.model.zero_grad()
         loss.backward()
@@ -513,7 +513,7 @@ def setup(o: argparse.Namespace) -> Run:
         if (o.out / "tokenizer.model").exists():
             tokenizer = Tokenizer.load(o.out / "tokenizer.model")
         else:
-            prefixes = with_prefix("predict: explain: given label:", dataset.labels)
+            prefixes = [f"predict: given label: {label}, explain:" for label in dataset.labels]
             tokenizer = Tokenizer.train([*prefixes, *questions, *rationales], o.vocab_size)
         d_kv = math.ceil(o.width / o.heads)
         shape = (o.width, o.heads, d_kv, 4 * o.width, o.layers, o.layers, o.dropout)
