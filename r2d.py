@@ -423,10 +423,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--method", choices=["r2d", "sft", "dss"], default="r2d", help="the paper's, or a baseline")
     add("--no-stage1", action="store_true", help="ablation: stage 2 from random weights")
     schedules = ["linear", "exponential", "inverse-sigmoid", "none"]
-    add("--schedule", choices=schedules, default="linear", help="of P(predicted); none: gold only")
-    add("--warmup", type=float, default=0.05, help="share of stage 2 with P = 0 and alpha rising")
+    add("--schedule", choices=schedules, default="linear", help="of P; none: gold only")
+    add("--warmup", type=float, default=0.05, help="share of stage 2 with P(predicted) = 0")
     add("--ramp", type=float, default=0.6, help="share of stage 2 in which P then rises")
-    add("--cap", type=float, default=0.9, help="P(predicted) after the ramp")
+    add("--cap", type=float, default=0.9, help="P after the ramp")
     add("--alpha", type=float, default=0.7, help="weight of the label loss after the warm-up")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="triage", help="triage (simulated), a file or a folder")
@@ -454,7 +454,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matrix products")
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, default="out", help="folder of the run")
-    add("--seed", type=int, default=0, help="of all that is left to chance")
+    add("--seed", type=int, default=0, help="of all chance")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
     add("--eval", action="store_true", help="evaluate without training")
     add("--ask", metavar="TEXT", help="predict and explain one note")
