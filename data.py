@@ -271,11 +271,11 @@ def post_rationale(call: Call, tier: int, named: bool) -> str:
 def closing(call: Call, tier: int, named: bool, wording: int) -> list[str]:
     """Any override of the rule; then the label, named or implied."""
     label = DISPOSITIONS[tier]
-    advice = label if named else IMPLIED[label][wording]
+    steps = [label if named else IMPLIED[label][wording]]
     rule = triage_tier(call.facts())
-    if tier == rule:
-        return [f"the advice is: {advice}"]
-    return [f"one level {'up' if tier > rule else 'down'} on judgement", f"the advice is: {advice}"]
+    if tier != rule:
+        steps.insert(0, f"one level {'up' if tier > rule else 'down'} on judgement")
+    return steps
 
 
 VOICES = {"llm": llm_rationale, "nurse": nurse_rationale, "post": post_rationale}

@@ -147,7 +147,7 @@ def test_override_rate_and_step(override):
 def test_splits_and_voices_do_not_disturb_each_other():
     """Catches a shared generator, sets or hashes: other sizes, voices, machines, the same notes."""
     small = data.load_data("triage", 0, 7, 20, 0.2, "post", "nurse")
-    assert hashlib.sha256(repr(small).encode()).hexdigest()[:16] == "5f1f7c7f5c810cef"
+    assert hashlib.sha256(repr(small).encode()).hexdigest()[:16] == "b8e41594c674f753"
     for split in ("train", "val", "test", "ceiling"):
         assert getattr(small, split) == getattr(triage("post"), split)[:7]
     assert small.stage1_train == triage("nurse").train[:7]
@@ -221,7 +221,7 @@ def test_the_ceiling_knows_the_rule_and_no_more(voice):
 def test_what_a_label_is_worth():
     """Catches data on which a wrong label costs nothing: BLEU of the reference explainer."""
     references = [example.rationale for example in triage().test]
-    for answers, bleu in [(triage().ceiling_gold, 91.2), (triage().ceiling, 81.1)]:
+    for answers, bleu in [(triage().ceiling_gold, 89.0), (triage().ceiling, 77.3)]:
         texts = [example.rationale for example in answers]
         assert metrics.corpus_bleu(texts, references) == pytest.approx(bleu, abs=0.1)
 
