@@ -374,7 +374,7 @@ def test_tokenizer_trains_on_odd_data_and_is_loaded_again(tmp_path, texts):
         assert data.Tokenizer.load(path).decode(small.processor.encode(text)) == text
     path.write_bytes(b"no model")
     for wrong in (path, tmp_path / "nowhere"):
-        with pytest.raises(data.InputError, match="spiece.model|nowhere"):
+        with pytest.raises(data.InputError, match=r"spiece.model|nowhere"):
             data.Tokenizer.load(wrong)
 
 
