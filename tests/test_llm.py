@@ -34,6 +34,7 @@ class Handler(BaseHTTPRequestHandler):
         self.key = self.headers["Authorization"]
         self.server.keys.append(self.key)
         self.server.prompts.append(body["messages"][0]["content"])
+        self.server.settings.append((body["model"], body["temperature"]))
         script = self.server.script
         behaviour = script.pop(0) if len(script) > 1 else script[0]
         behaviour(self)
@@ -76,6 +77,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
         server.script = list(script)
         server.keys = []
         server.prompts = []
+        server.settings = []
         server.url = f"http://127.0.0.1:{server.server_port}/v1"
         server.handle_error = lambda *_: None  # a client that hung up is no news
         Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -140,6 +142,7 @@ def test_a_judge_grades_every_condition(serve, run, capsys) -> None:
             expected.append(f"Note: a {{note}}\u2028\n{texts}")
     assert sorted(prompt.split("\n\n")[1] for prompt in server.prompts) == sorted(expected)
     assert '{"supports": 1-5, "grounded": 1-5, "agrees": 1-5}' in server.prompts[0]
+    assert set(server.settings) == {("wise", 0)}
     header, *table = capsys.readouterr().out.splitlines()
     assert len(table) == 3 and {len(line) for line in table} == {len(header)}
 
@@ -206,9 +209,9 @@ def test_a_failure_that_passes_is_no_failure(serve, run, monkeypatch) -> None:
     assert judge(run, server.url, "--timeout", "1") == 0 and len(server.prompts) == 13
 
 
-@pytest.mark.parametrize(("key", "sent"), [(KEY, KEY), ("", "none"), (" x\n", "x")])
+@pytest.mark.parametrize(("key", "sent"), [(KEY, KEY), ("", "none"), (" support\n", "support")])
 def test_the_key_is_sent_and_told_to_nobody(key, sent, serve, run, monkeypatch, capsys) -> None:
-    """Catches a key in a file or on the screen, and answers garbled by a key of one letter."""
+    """Catches a key in a file or on the screen, and answers garbled by a dummy key."""
     server = serve(says("{KEY}" + GRADES))
     monkeypatch.setenv("R2D_API_KEY", key)
     assert judge(run, server.url) == 0 and zeroshot(run, server.url) == 0
@@ -221,10 +224,12 @@ BAD_URLS = ["", "ftp://h/v1", "http://", "http://h:p/v1", "http://a b/v1", "http
 
 
 @pytest.mark.parametrize("url", [*BAD_URLS, "http://h/v1?key=S3cret", "http://h/v1#S3cret"])
-def test_what_is_no_endpoint_is_refused(url, run, capsys) -> None:
-    """Catches a traceback, minutes of retries, and a secret in the address that is shown."""
+def test_wrong_options_are_refused(url, run, capsys) -> None:
+    """Catches a traceback, minutes of retries, a secret that is shown, an option ignored."""
     assert judge(run, url) == 2 and "--url" in refusal(capsys)
     assert zeroshot(run / "new", url) == 2 and "--url" in refusal(capsys)
+    with pytest.raises(SystemExit):
+        judge(run, "http://h/v1", "--seed", "3")
     assert set(contents(run)) == {"predictions.jsonl"}
 
 
