@@ -1,602 +1,430 @@
-"""The run: schedules, coin, losses, training loop, resume, evaluation, command line, and the README's commands."""
+"""The method and its runs: schedules, losses, training, the test. Each test names its bug."""
 
-import json
 import math
-import os
-import shlex
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import lines, read, stage2_lines
-from torch import nn
+from helpers import contents, lines, read, write_notes, write_t5
+from torch import Tensor, nn
 
 import data
 import metrics
 import r2d
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = "--limit 48 --stage1-steps 4 --stage2-steps 8 --eval-every 4 --batch-size 8 --width 16 --heads 2 --layers 1"
-TINY = [*TINY.split(), "--vocab-size", "400", "--max-target", "24"]
+TINY = "--limit 48 --stage1-steps 4 --stage2-steps 8 --eval-every 4 --batch-size 8 --width 16"
+TINY = [*TINY.split(), *"--heads 2 --layers 1 --vocab-size 400 --max-target 24".split()]
 FILES = {"config.json", "tokenizer.model", "stage1.pt", "stage2.pt", "last.pt", "log.jsonl"}
-FILES |= {"predictions.jsonl", "metrics.json", "previous.pt", "lock"}
+FILES |= {"predictions.jsonl", "metrics.json"}
 
 
-def run(out: Path, *arguments: str) -> int:
+def start(out: Path, *arguments: str) -> int:
     return r2d.main([*TINY, "--out", str(out), *arguments])
 
 
-def tiny_run(tmp_path: Path, **options: object) -> r2d.Run:
-    given = {**r2d.parse_options(TINY), "out": str(tmp_path / "run"), **options}
-    return r2d.prepare(r2d.Options(**given))
+def tiny(*arguments: str) -> r2d.Run:
+    """A run that is set up and not begun: it has no folder."""
+    return r2d.setup(r2d.parse_args([*TINY, "--out", "never-made", *arguments]))
 
 
-def same_state(one: Path, other: Path) -> bool:
-    """Equal weights, coins and random state: much finer than equal predictions of a model this small."""
-    a, b = (torch.load(out / "last.pt", weights_only=True) for out in (one, other))
-    equal = all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
-    return equal and torch.equal(a["coin"], b["coin"]) and torch.equal(a["rng"], b["rng"])
+def weights(path: Path) -> dict[str, Tensor]:
+    return torch.load(path, weights_only=True)["weights"]
+
+
+def same_weights(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+
+
+def same_training(one: Path, other: Path) -> bool:
+    """The same losses and weights to the bit."""
+    same_log = (one / "log.jsonl").read_bytes() == (other / "log.jsonl").read_bytes()
+    return same_log and same_weights(weights(one / "stage2.pt"), weights(other / "stage2.pt"))
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One whole tiny run, shared by the tests that only look at it."""
+def finished(tmp_path_factory):
+    """One whole tiny run on the simulated line, for the tests that only look at it."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    assert run(out) == 0
+    assert start(out) == 0
     return out
 
 
-# --- schedules and coin
+@pytest.fixture(scope="module")
+def easy(tmp_path_factory):
+    """Options under which labels are valid after a few updates."""
+    notes = write_notes(tmp_path_factory.mktemp("notes") / "notes.csv")
+    return ["--data", str(notes), "--width", "32", "--lr", "0.1", "--stage2-steps", "16"]
 
-# step of 1000: P(predicted) with the defaults, warm-up 0.05, ramp 0.6, cap 0.9; worked out by hand
-LINEAR = {0: 0, 49: 0, 50: 0, 51: 0.0015, 200: 0.225, 350: 0.45, 500: 0.675, 649: 0.8985, 650: 0.9, 999: 0.9}
+
+@pytest.fixture(scope="module")
+def easy_run(easy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("easy") / "run"
+    assert start(out, *easy) == 0
+    return out
+
+
+# ---- schedules and coins ------------------------------------------------------------------------
+# Update of 1000: P(predicted), warm-up 0.05, ramp 0.6, cap 0.9, worked out by hand. Linear is
+# min(cap, i / n): it reaches the cap at 50 + 0.9 * 600 = 590.
+LINEAR = {0: 0, 49: 0, 50: 0, 51: 1 / 600, 200: 0.25, 350: 0.5, 589: 539 / 600, 590: 0.9, 999: 0.9}
 EXPONENTIAL = {0: 0, 50: 0, 350: 1 - 0.1**0.5, 500: 1 - 0.1**0.75, 650: 0.9, 999: 0.9}
+# 1 - k / (k + e^(i/k)), k = 89.6448: the root of P = 0.9 at i = 600, by scipy's brentq
+SIGMOID = {49: 0, 50: 0.0110321, 200: 0.0561158, 350: 0.2406141, 500: 0.628072, 649: 0.8989915}
+TABLES = {"linear": LINEAR, "exponential": EXPONENTIAL, "inverse-sigmoid": SIGMOID}
 
 
-@pytest.mark.parametrize(("schedule", "values"), [("linear", LINEAR), ("exponential", EXPONENTIAL)])
-def test_schedule_has_the_values_worked_out_by_hand(schedule: str, values: dict[int, float]) -> None:
-    """Catches a ramp that starts early, ends late, or counts from step 0 and not from the end of the warm-up."""
-    for step, expected in values.items():
-        assert r2d.p_predicted(step, 1000, schedule, 0.05, 0.6, 0.9) == pytest.approx(expected, abs=1e-12)
-
-
-def test_inverse_sigmoid_is_the_papers_formula_with_one_constant() -> None:
-    """Catches a logistic curve of another shape: epsilon = k / (k + e^(i/k)) must hold for one k at every step."""
-    p = [r2d.p_predicted(50 + i, 1000, "inverse-sigmoid", 0.05, 0.6, 0.9) for i in (0, 150, 300, 450, 599.999)]
-    k = 1 / p[0] - 1  # at i = 0, P = 1 / (k + 1)
-    assert k >= 1
-    for i, value in zip((0, 150, 300, 450, 599.999), p, strict=True):
-        assert value == pytest.approx(1 - k / (k + math.exp(i / k)), abs=1e-6)
+@pytest.mark.parametrize("schedule", TABLES)
+def test_schedule_has_the_values_worked_out_by_hand(schedule):
+    """Catches a ramp of another length, one that counts from update 0, and epsilon for P."""
+    for step, expected in TABLES[schedule].items():
+        p = r2d.p_predicted(step, 1000, schedule, 0.05, 0.6, 0.9)
+        assert p == pytest.approx(expected, abs=1e-6), step
 
 
 @pytest.mark.parametrize("schedule", ["linear", "exponential", "inverse-sigmoid"])
 @pytest.mark.parametrize("cap", [0.0, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("steps", [10, 1500])
-def test_every_schedule_rises_to_the_cap_at_the_end_of_the_ramp(schedule: str, cap: float, steps: int) -> None:
-    """Catches a schedule that never reaches the cap, overshoots it, or falls."""
+def test_every_schedule_rises_to_its_cap(schedule, cap, steps):
+    """Catches a schedule that falls, overshoots, starts in the warm-up, ends low or late, divides
+    by a ramp of 0, or samples under `none`."""
     p = [r2d.p_predicted(step, steps, schedule, 0.05, 0.6, cap) for step in range(steps)]
-    assert p == sorted(p) and p[0] == 0 and max(p) == p[-1] == cap
-    assert r2d.p_predicted(0.65 * steps - 1e-6, steps, schedule, 0.05, 0.6, cap) == pytest.approx(cap, abs=1e-4)
+    assert p == sorted(p)
+    assert (p[0], p[-1]) == (0, cap)
+    end = 0.05 + 0.6 * (cap if schedule == "linear" else 1)
+    before_the_end = r2d.p_predicted(end * steps - 1e-6, steps, schedule, 0.05, 0.6, cap)
+    assert before_the_end == pytest.approx(cap, abs=1e-4)
+    assert r2d.p_predicted(0, steps, schedule, 0, 0, cap) == cap
+    assert r2d.p_predicted(steps - 1, steps, "none", 0.05, 0.6, cap) == 0
 
 
-def test_schedule_edges() -> None:
-    """Catches division by zero for no ramp, and sampling under `none`; P = 1 from the start is an ablation."""
-    assert [r2d.p_predicted(s, 100, "linear", 0, 0, 1) for s in (0, 50)] == [1, 1]
-    assert all(r2d.p_predicted(s, 100, "none", 0.05, 0.6, 0.9) == 0 for s in range(100))
-
-
-def test_alpha_rises_over_the_warmup_only() -> None:
-    """Catches an alpha that starts at its final value or keeps rising."""
-    assert [r2d.alpha_at(s, 1000, 0.05, 0.7) for s in (0, 25, 50, 999)] == pytest.approx([0, 0.35, 0.7, 0.7])
+def test_alpha_and_learning_rate():
+    """Catches an alpha that starts high or keeps rising; a full rate that wipes out stage 1."""
+    values = [r2d.alpha_at(step, 1000, 0.05, 0.7) for step in (0, 25, 50, 999)]
+    assert values == pytest.approx([0, 0.35, 0.7, 0.7])
     assert r2d.alpha_at(0, 1000, 0, 0.7) == 0.7
+    rates = [r2d.lr_at(step, 100, 0.5) for step in range(100)]
+    assert [rates[i] for i in (0, 4, 9, 55, 99)] == pytest.approx([0.05, 0.25, 0.5, 0.25, 0.5 / 90])
+    assert max(rates) == 0.5
 
 
-def test_learning_rate_warms_up_and_ends_near_zero() -> None:
-    """Catches a restart at full rate, which wipes out stage 1."""
-    rates = [r2d.lr_at(s, 100, 1.0) for s in range(100)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == 1.0 and rates[99] == pytest.approx(1 / 90)
-
-
-def test_coin_is_fair_within_five_sigma_and_independent() -> None:
-    """Catches an inverted coin and one coin for the whole batch."""
-    coin = torch.Generator().manual_seed(0)
-    batches = [r2d.flip_coins(32, 0.3, coin) for _ in range(1000)]
-    heads = sum(map(sum, batches))
-    assert abs(heads - 9600) < 5 * math.sqrt(32000 * 0.3 * 0.7)
-    assert sum(0 < sum(batch) < 32 for batch in batches) > 990
-    assert r2d.flip_coins(100, 0.0, coin) == [False] * 100 and r2d.flip_coins(100, 1.0, coin) == [True] * 100
-
-
-# --- the losses
-
-
-def test_p_one_puts_the_models_labels_into_every_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches scheduled sampling that silently does nothing, and one that is applied to a part of the batch."""
-    one = tiny_run(tmp_path)
-    examples = one.data.train[:16]
-    wrong = r2d.flipped_labels(examples, one.data.labels, 0)
-    monkeypatch.setattr(r2d, "predict_labels", lambda run, questions: wrong[: len(questions)])
-    gold = [e.label for e in examples]
-    assert r2d.labels_in_prompts(one, examples, [True] * 16) == (wrong, 16, 0)
-    assert r2d.labels_in_prompts(one, examples, [False] * 16) == (gold, 0, 0)
-    assert r2d.labels_in_prompts(one, examples, [True] + [False] * 15) == (wrong[:1] + gold[1:], 1, 0)
-
-
-def test_invalid_labels_never_enter_a_training_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches garbage from an untrained model used as a label (the authors' code does that)."""
-    one = tiny_run(tmp_path)
-    examples = one.data.train[:8]
-    monkeypatch.setattr(r2d, "predict_labels", lambda run, questions: ["nonsense"] * len(questions))
-    assert r2d.labels_in_prompts(one, examples, [True] * 8) == ([e.label for e in examples], 0, 8)
-
-
-def test_only_the_labels_that_are_used_are_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches generating for the whole batch first and drawing the coins afterwards."""
-    asked = []
-    monkeypatch.setattr(r2d, "predict_labels", lambda run, questions: asked.extend(questions) or ["x"] * len(questions))
-    one = tiny_run(tmp_path)
-    expected = r2d.flip_coins(16, 0.5, torch.Generator().manual_seed(3))
-    r2d.labels_in_prompts(one, one.data.train[:16], expected)
-    assert asked == [e.question for e, heads in zip(one.data.train, expected, strict=False) if heads]
-
-
-def test_sampling_leaves_training_mode_and_random_state_alone(tmp_path: Path) -> None:
-    """Catches dropout on while labels are generated, or a model left in eval mode afterwards."""
-    one = tiny_run(tmp_path, dropout=0.5)
-    one.model.train()
+def test_coins_are_fair_within_five_sigma_and_one_per_example():
+    """Catches an inverted coin, one coin for the whole batch, and dropout's generator."""
+    generator = torch.Generator().manual_seed(0)
     before = torch.get_rng_state()
-    first = r2d.predict_labels(one, [e.question for e in one.data.train[:8]])
-    assert one.model.training and torch.equal(before, torch.get_rng_state())
-    assert first == r2d.predict_labels(one, [e.question for e in one.data.train[:8]])
+    sums = [sum(r2d.flip_coins(32, 0.3, generator)) for _ in range(1000)]
+    assert abs(sum(sums) - 9600) < 5 * math.sqrt(32000 * 0.3 * 0.7)
+    assert len(set(sums)) > 10
+    assert r2d.flip_coins(100, 0.0, generator) == [False] * 100
+    assert r2d.flip_coins(100, 1.0, generator) == [True] * 100
+    assert torch.get_rng_state().equal(before)
 
 
-def test_target_stays_gold_whatever_the_label_in_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches swapping the rationale together with the label, and a question lost from the prompt."""
+# ---- losses -------------------------------------------------------------------------------------
+def test_mix_labels_takes_valid_predicted_labels_where_the_coin_says(monkeypatch):
+    """Catches sampling that does nothing, swapped coins, garbage in a prompt (the authors' code
+    has it), wrong counts, and labels that are generated for examples that do not use them."""
+    run = tiny()
+    batch = run.dataset.train[:6]
+    gold = [example.label for example in batch]
+    wrong = next(label for label in run.dataset.labels if label != gold[0])
+    answers = {batch[0].question: wrong, batch[2].question: "nonsense", batch[4].question: ""}
+    asked = []
+
+    def predict(run: r2d.Run, questions: list[str]) -> list[str]:
+        asked.extend(questions)
+        return [answers.get(question, gold[3]) for question in questions]
+
+    monkeypatch.setattr(r2d, "predict_labels", predict)
+    coins = [True, False, True, True, True, False]
+    labels, counts = r2d.mix_labels(run, batch, coins)
+    assert labels == [wrong, *gold[1:]]
+    assert counts == {"used_predicted": 2, "wrong_predicted": 1, "invalid_predicted": 2}
+    assert asked == [batch[i].question for i in (0, 2, 3, 4)]
+    assert r2d.mix_labels(run, batch, [False] * 6)[0] == gold
+
+
+def test_predicting_leaves_the_training_mode_and_the_random_state_alone():
+    """Catches dropout while labels are generated, and a model left in eval mode."""
+    run = tiny("--dropout", "0.5")
+    run.model.train()
+    before = torch.get_rng_state()
+    questions = [example.question for example in run.dataset.train[:8]]
+    assert r2d.predict_labels(run, questions) == r2d.predict_labels(run, questions)
+    assert run.model.training
+    assert torch.get_rng_state().equal(before)
+
+
+@pytest.mark.parametrize("method", ["r2d", "dss", "sft"])
+def test_prompts_and_targets_of_every_method(method, monkeypatch):
+    """Catches a swapped rationale, a label in a prompt of DSS, a second task in SFT."""
+    run = tiny("--method", method, "--max-target", "200")
+    batch = run.dataset.train[:4]
     seen = []
-    one = tiny_run(tmp_path, warmup=0.0, ramp=0.0, cap=1.0)
-    monkeypatch.setattr(r2d, "predict_labels", lambda run, questions: ["home care"] * len(questions))
-    decode = one.prompts.tokenizer.decode
 
-    def spy(run: r2d.Run, sources: list[list[int]], targets: list[list[int]], total: int) -> torch.Tensor:
-        seen.append([(decode(s), decode(t)) for s, t in zip(sources, targets, strict=True)])
-        return torch.zeros(())
+    def nll(input_ids: Tensor, labels: Tensor) -> Tensor:
+        for source, target in zip(input_ids.tolist(), labels.tolist(), strict=True):
+            seen.append((run.tokenizer.decode(source), run.tokenizer.decode(target)))
+        return torch.zeros(labels.shape)
 
-    monkeypatch.setattr(r2d, "token_mean", spy)
-    one.prompts.max_target = 200
-    list(r2d.stage2_loss(one, one.data.train[:4], [1, 1], {}, [True] * 4, 0.7))
-    assert seen[0] == [(f"predict: {e.question}", e.label) for e in one.data.train[:4]]
-    assert seen[1] == [(f"given label: home care, explain: {e.question}", e.rationale) for e in one.data.train[:4]]
-
-
-def test_loss_weights(tmp_path: Path) -> None:
-    """Catches alpha on the wrong loss: at step 0 of the warm-up the label loss weighs nothing, later 0.7."""
-    one = tiny_run(tmp_path)
-    for step, alpha in ((0, 0.0), (7, 0.7)):
-        log = r2d.gradients(one, 2, step, one.data.train[:8], torch.Generator(), [])
-        assert log["alpha"] == pytest.approx(alpha)
-        expected = alpha * log["loss_predict"] + (1 - alpha) * log["loss_explain"]
-        assert log["loss"] == pytest.approx(expected, rel=1e-5)
+    monkeypatch.setattr(run.model, "nll", nll)
+    monkeypatch.setattr(r2d, "predict_labels", lambda run, questions: ["home care"] * 4)
+    r2d.stage2_loss(run, batch, [True] * 4, 0.7)
+    expected = [(f"predict: {example.question}", example.label) for example in batch]
+    prefix = {"r2d": "given label: home care, explain:", "dss": "explain:"}.get(method)
+    if method != "sft":
+        expected += [(f"{prefix} {example.question}", example.rationale) for example in batch]
+    assert seen == expected
+    seen.clear()
+    r2d.stage1_loss(run, batch)
+    assert seen == [(f"explain: {example.question}", example.rationale) for example in batch]
 
 
-@pytest.mark.parametrize("parts", [1, 3, 8])
-def test_a_batch_in_parts_gives_the_gradient_of_the_batch(parts: int, tmp_path: Path, monkeypatch) -> None:
-    """Catches parts that are averaged (their targets differ in length), coins that depend on the parts, and parts or
-    losses that save no memory: computed before the backward of the one before."""
-    one, calls = tiny_run(tmp_path, accumulate=parts, warmup=0.0, ramp=0.0, cap=0.5), []
-
-    def spy(sources: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        calls.append((len(sources), one.model.embedding.weight.grad is None))
-        return one.model.nll(sources, targets)
-
-    one.nll = spy
-    monkeypatch.setattr(r2d, "predict_labels", lambda run, questions: [one.data.labels[0]] * len(questions))
-    log = r2d.gradients(one, 2, 3, one.data.train[:8], torch.Generator().manual_seed(1), [])
-    whole = tiny_run(tmp_path, warmup=0.0, ramp=0.0, cap=0.5)
-    expected = r2d.gradients(whole, 2, 3, one.data.train[:8], torch.Generator().manual_seed(1), [])
-    assert log == pytest.approx(expected, rel=1e-5) and 0 < log["used_predicted"] < 8
-    assert max(rows for rows, _ in calls) == math.ceil(8 / parts) and sum(first for _, first in calls) == 1
-    for a, b in zip(one.model.parameters(), whole.model.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+def nats(run: r2d.Run, prompt: str, target: str) -> tuple[float, int]:
+    """The nats of one target, alone in its batch, and its tokens."""
+    source = run.tokenizer.encode([prompt], 256)
+    labels = run.tokenizer.encode([target], 24)
+    with torch.no_grad():
+        return run.model.nll(source, labels).sum().item(), labels.shape[1]
 
 
-@pytest.mark.parametrize(("option", "tolerance"), [("dtype", 2e-2), ("compile", 1e-5)])
-def test_bfloat16_and_compile_give_the_same_loss_within_their_tolerance(
-    option: str, tolerance: float, tmp_path
-) -> None:
-    """Catches an option that changes nothing, or computes something else: losses and weights are float32 with both, and
-    bfloat16 holds for decoding and scoring as well."""
-    fast = tiny_run(tmp_path, **{option: "bfloat16" if option == "dtype" else True})
-    plain = tiny_run(tmp_path)
-    for stage in (1, 2):
-        log = r2d.gradients(fast, stage, 3, plain.data.train[:8], torch.Generator(), [])
-        expected = r2d.gradients(plain, stage, 3, plain.data.train[:8], torch.Generator(), [])
-        assert log["loss"] == pytest.approx(expected["loss"], rel=tolerance)
-        assert option == "compile" or log["loss"] != expected["loss"]
-    assert (fast.autocast()._enabled, fast.nll == fast.model.nll) == (option == "dtype", option == "dtype")
-    sums = [*r2d.stage1_loss(fast, plain.data.train[:8], [1, 1], {}), *fast.model.parameters()]
-    assert {x.dtype for x in sums} == {torch.float32}
-    seen, product = set(), next(part for part in fast.model.modules() if isinstance(part, torch.nn.Linear))
-    product.register_forward_hook(lambda part, given, result: seen.add(result.dtype))
-    r2d.predict_labels(fast, ["a cough"])
-    r2d.nll_counts(fast, plain.data.val[:8], ["explain:"] * 8)
-    assert seen == {torch.bfloat16 if option == "dtype" else torch.float32}
+def token_mean(run: r2d.Run, pairs: list[tuple[str, str]]) -> float:
+    counts = [nats(run, prompt, target) for prompt, target in pairs]
+    return sum(n for n, _ in counts) / sum(t for _, t in counts)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-7])  # of the gradients; the second is where eps counts
-def test_adam_is_torchs_with_a_rate_per_tensor(scale: float) -> None:
-    """Catches a missing bias correction, eps inside the root, and a size that follows the weights as they grow."""
-    torch.manual_seed(0)
-    ours, peer = (nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)) for _ in range(2))
-    peer.load_state_dict(ours.state_dict())
-    mine = r2d.Adam(ours)
-    sizes = [max(p.detach().square().mean().sqrt().item(), 1e-3) for p in peer.parameters()]
-    theirs = torch.optim.AdamW([{"params": [p]} for p in peer.parameters()], weight_decay=0.0)
-    for step in range(30):
-        lr, x = 0.1 / (step + 1), torch.randn(4, 5)
-        for model in (ours, peer):
-            model.zero_grad()
-            (model(x).square().sum() * scale).backward()
-        for group, size in zip(theirs.param_groups, sizes, strict=True):
-            group["lr"] = lr * size
-        mine.step(lr)
-        theirs.step()
-        if step == 15:  # and goes on from its state
-            state, mine = mine.state(), r2d.Adam(ours)
-            mine.restore(state)
-    for a, b in zip(ours.parameters(), peer.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+def test_losses_are_means_over_target_tokens_weighted_by_alpha():
+    """Catches a mean over padding or over rows, an empty rationale that is learned, and alpha on
+    the wrong loss: all is compared with sums over single examples."""
+    run = tiny()
+    full = run.dataset.train[:3]
+    batch = [*full, data.Example(full[0].question, full[1].label, "")]
+    explain = token_mean(run, [(f"explain: {e.question}", e.rationale) for e in full])
+    loss, log = r2d.stage1_loss(run, batch)
+    assert loss.item() == log["loss"] == log["loss_explain"] == pytest.approx(explain, rel=1e-5)
+
+    predict = token_mean(run, [(f"predict: {e.question}", e.label) for e in batch])
+    pairs = [(f"given label: {e.label}, explain: {e.question}", e.rationale) for e in full]
+    explain = token_mean(run, pairs)
+    for alpha in (0.0, 0.3, 1.0):
+        loss, log = r2d.stage2_loss(run, batch, [False] * 4, alpha)
+        assert loss.item() == pytest.approx(alpha * predict + (1 - alpha) * explain, rel=1e-5)
+        assert log["loss"] == loss.item()
+        assert log["loss_predict"] == pytest.approx(predict, rel=1e-5)
+        assert log["loss_explain"] == pytest.approx(explain, rel=1e-5)
+    empty = [data.Example(e.question, e.label, "") for e in full]
+    assert r2d.stage1_loss(run, empty)[0].item() == 0  # and not nan
 
 
-def test_token_mean_ignores_padding_and_empty_targets(tmp_path: Path) -> None:
-    """Catches a mean over padded positions, or a missing rationale that is trained on as an empty text."""
-    one = tiny_run(tmp_path)
-    one.model.eval()
-    sources = [one.prompts.source("explain:", e.question) for e in one.data.train[:2]]
-    targets = [one.prompts.target("go"), one.prompts.target("see doctor within 24 hours")]
-    single = [r2d.token_mean(one, [s], [t], len(t)).item() * len(t) for s, t in zip(sources, targets, strict=True)]
-    both = r2d.token_mean(one, sources, targets, sum(map(len, targets))).item()
-    assert both == pytest.approx(sum(single) / sum(map(len, targets)), rel=1e-5)
-    targets.append(one.prompts.target(""))
-    with_empty = r2d.token_mean(one, [*sources, sources[0]], targets, sum(map(len, targets))).item()
-    assert with_empty == pytest.approx(both, rel=1e-5)
+def test_the_first_update_moves_each_tensor_by_its_rate(tmp_path):
+    """Catches one rate for all tensors: Adam's first step is the rate, wherever there is a
+    gradient, and the rate is relative to the RMS of the tensor."""
+    assert start(tmp_path / "run", "--no-stage1", "--stage2-steps", "1", "--lr", "0.1") == 0
+    after = weights(tmp_path / "run" / "stage2.pt")
+    for name, before in tiny().model.state_dict().items():
+        size = before.square().mean().sqrt()
+        moved = (after[name] - before).abs().max()
+        assert moved.item() == pytest.approx(0.1 * size.item(), rel=0.01), name
 
 
-def test_overfits_one_batch(tmp_path: Path) -> None:
-    """Catches any break between prompts, model, loss and decoding: eight notes must be learned by heart."""
-    one = tiny_run(tmp_path, width=64, vocab_size=800, max_target=96, schedule="none", warmup=0.0, alpha=0.5)
-    examples, coin = one.data.train[:8], torch.Generator()
-    optimizer = torch.optim.AdamW(one.model.parameters(), lr=3e-3)
-    one.model.train()
-    for step in range(200):
-        optimizer.zero_grad()
-        r2d.gradients(one, 2, step, examples, coin, [])
-        optimizer.step()
-    questions, gold = [e.question for e in examples], [e.label for e in examples]
-    assert r2d.predict_labels(one, questions) == gold
-    texts = r2d.explain(one, questions, gold)
-    assert metrics.corpus_bleu(texts, [e.rationale for e in examples]) > 95
-
-
-# --- whole runs
-
-
-def test_a_run_leaves_every_file_of_the_contract(finished: Path) -> None:
-    """Catches a file or a key that was renamed or forgotten."""
-    assert {path.name for path in finished.iterdir()} == FILES
-    result = read(finished / "metrics.json")
-    assert {"accuracy", "macro_f1", "per_class", "invalid", "ceiling_accuracy", "ceiling_macro_f1"} <= set(
-        result["label"]
-    )
-    assert (
-        {"gold", "predicted", "flipped", "predicted_wrong"}
-        >= set(result["rationale"])
-        >= {"gold", "predicted", "flipped"}
-    )
-    keys = {"n", "bleu", "sentence_bleu", "bertscore_f1", "nll", "argues_given", "argues_gold", "grounded"}
-    assert all(keys <= set(scores) for scores in result["rationale"].values())
-    assert {"bleu_gap", "nll_gap", "following"} <= set(result["exposure"])
-    assert {"consistency", "sufficiency", "gold_robustness", "reader_accuracy"} <= set(result["self"])
-    for scores in (result["label"], *result["rationale"].values()):
-        for key in scores:
-            if key.endswith("_ci95"):
-                low, high = scores[key]
-                assert low <= scores[key.removesuffix("_ci95")] <= high
-    rows = lines(finished / "predictions.jsonl")
-    assert len(rows) == 48
-    expected = {"question", "label", "rationale", "predicted_label", "flipped_label"}
-    expected |= {f"rationale_given_{name}" for name in ("predicted", "gold", "flipped")}
-    assert all(set(row) == expected and row["flipped_label"] != row["label"] for row in rows)
-
-
-def test_the_log_tells_what_happened(finished: Path) -> None:
-    """Catches a schedule that is not the one logged, or validation scores that are missing."""
-    log = lines(finished / "log.jsonl")
-    assert [(line["stage"], line["step"]) for line in log] == [(1, s) for s in range(4)] + [(2, s) for s in range(8)]
-    stage2 = log[4:]
-    for line in stage2:
-        assert line["p_predicted"] == r2d.p_predicted(line["step"], 8, "linear", 0.05, 0.6, 0.9)
-        assert {"loss", "loss_predict", "loss_explain", "alpha", "lr", "grad_norm", "tokens_per_second"} <= set(line)
-    assert "val_loss" in log[3] and {"val_macro_f1", "val_nll_gold", "val_nll_predicted"} <= set(stage2[7])
-    assert all(math.isfinite(line["loss"]) for line in log)
-
-
-@pytest.mark.parametrize("method", ["sft", "dss"])
-def test_baselines_run_to_the_end(method: str, tmp_path: Path) -> None:
-    """Catches a baseline that needs a stage 1, or that claims conditions it does not have."""
-    assert run(tmp_path / "run", "--method", method) == 0
+def test_a_few_notes_are_learned_by_heart(tmp_path):
+    """Catches any break between prompts, model, loss, optimiser and decoding."""
+    notes = write_notes(tmp_path / "train.csv")
+    for name in ("val.csv", "test.csv"):
+        shutil.copy(notes, tmp_path / name)
+    more = ["--data", str(tmp_path), "--limit", "8", "--width", "64", "--lr", "0.1"]
+    more += ["--no-stage1", "--stage2-steps", "80", "--schedule", "none"]
+    assert start(tmp_path / "run", *more) == 0
     result = read(tmp_path / "run" / "metrics.json")
-    assert ("rationale" in result) == (method == "dss") and "exposure" not in result
-    if method == "dss":
-        assert set(result["rationale"]) <= {"predicted", "predicted_wrong"}
-    assert not (tmp_path / "run" / "stage1.pt").exists()
+    assert result["label"]["accuracy"] == 100
+    assert result["rationale"]["predicted"]["bleu"] > 95
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(finished: Path, tmp_path: Path) -> None:
-    """Catches anything random that the seed does not decide."""
-    assert run(tmp_path / "same") == 0 and run(tmp_path / "other", "--seed", "1") == 0
-    same, other = ((tmp_path / name / "predictions.jsonl").read_bytes() for name in ("same", "other"))
-    assert same == (finished / "predictions.jsonl").read_bytes() != other
-    assert same_state(tmp_path / "same", finished) and not same_state(tmp_path / "other", finished)
-    one, two = (tiny_run(tmp_path, seed=seed).model.state_dict()["embedding.weight"] for seed in (0, 1))
-    assert not torch.equal(one, two)
+# ---- whole runs ---------------------------------------------------------------------------------
+def test_a_run_leaves_the_files_of_the_contract(finished):
+    """Catches a file, an option or a key that was renamed, forgotten or left over, and a log of
+    another schedule."""
+    assert set(contents(finished)) == FILES
+    config = read(finished / "config.json")
+    assert config["labels"] == data.DISPOSITIONS
+    assert config["model"]["d_model"] == config["width"] == 16
+    options = set(vars(r2d.parse_args(["--out", "never-made"])))
+    assert options - set(config) <= {"stage", "out", "device", "eval", "ask"}
+    log = lines(finished / "log.jsonl")
+    expected = [(1, step) for step in range(4)] + [(2, step) for step in range(8)]
+    assert [(line["stage"], line["step"]) for line in log] == expected
+    keys = {"stage", "step", "loss", "loss_explain", "lr", "grad_norm"}
+    more = {"loss_predict", "alpha", "used_predicted", "wrong_predicted", "invalid_predicted"}
+    for line in log[:4]:
+        assert keys <= set(line)
+        assert ("val_loss" in line) == (line["step"] == 3)
+    for line in log[4:]:
+        assert keys | more <= set(line)
+        assert line["lr"] == r2d.lr_at(line["step"], 8, 0.02)
+        assert line["p_predicted"] == r2d.p_predicted(line["step"], 8, "linear", 0.05, 0.6, 0.9)
+        assert line["alpha"] == r2d.alpha_at(line["step"], 8, 0.05, 0.7)
+        assert ("val_macro_f1" in line) == (line["step"] in (3, 7))
 
 
-def test_p_zero_is_gold_only_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a coin that draws from the generator of dropout, or sampling that costs a random number at P = 0."""
-    assert run(tmp_path / "zero", "--cap", "0", "--dropout", "0.1") == 0
+@pytest.mark.parametrize("method", ["r2d", "dss", "sft"])
+def test_metrics_are_the_scores_of_the_rows(method, easy, tmp_path):
+    """Catches a score that is not computed from predictions.jsonl, a row without a fact, and a
+    condition that a method does not have. The data are a CSV file: the reader judges."""
+    out = tmp_path / "run"
+    assert start(out, "--method", method, *easy) == 0
+    rows = lines(out / "predictions.jsonl")
+    result = read(out / "metrics.json")
+    assert {"method": method, "data": easy[1], "seed": 0}.items() <= result.items()
+    scores = metrics.score(rows, read(out / "config.json")["labels"])
+    assert {key: result[key] for key in scores} == scores
+    assert set(result) - set(scores) <= {"method", "data", "seed", "updates"}
+    conditions = {"r2d": ["gold", "predicted", "flipped"], "dss": ["predicted"], "sft": []}[method]
+    keys = {"question", "label", "rationale", "predicted_label", "flipped_label", "majority_label"}
+    for condition in conditions:
+        keys |= {f"{name}_given_{condition}" for name in ("rationale", "argues", "nats")}
+    for row in rows:
+        assert set(row) - {"tokens", "reader_label"} == keys
+        assert {row[key] for key in keys if key.startswith("argues")} <= {"go", "stay"}
+    assert (out / "stage1.pt").exists() == (method == "r2d")
+
+
+def test_facts_of_the_rows_on_triage(finished):
+    """Catches a ceiling that is missing or the model's, verdicts by the reader on triage, and
+    nats of another text or under another label."""
+    run = tiny()
+    run.model.load_state_dict(weights(finished / "stage2.pt"))
+    rows = lines(finished / "predictions.jsonl")
+    for row, rule, gold in zip(rows, run.dataset.ceiling, run.dataset.ceiling_gold, strict=True):
+        assert row["ceiling_label"] == rule.label
+        assert row["rationale_given_ceiling"] == rule.rationale
+        assert row["rationale_given_ceiling_gold"] == gold.rationale
+        for condition in metrics.CONDITIONS:
+            text = row[f"rationale_given_{condition}"]
+            assert row[f"argues_given_{condition}"] == data.argues_for(text)
+            assert row[f"ungrounded_given_{condition}"] == data.ungrounded(text, row["question"])
+        for condition in ("gold", "predicted", "flipped"):
+            label = row[metrics.CONDITIONS[condition]]
+            prompt = f"given label: {label}, explain: {row['question']}"
+            expected, tokens = nats(run, prompt, row["rationale"])
+            assert row[f"nats_given_{condition}"] == pytest.approx(expected, rel=1e-4)
+            assert row["tokens"] == tokens
+    assert set(metrics.CONDITIONS) <= set(read(finished / "metrics.json")["rationale"])
+
+
+def test_flipped_labels_are_always_wrong_and_even(monkeypatch):
+    """Catches a flipped label that is gold, and one that is mostly the next in the list."""
+    run = tiny("--limit", "1000", "--notes", "20", "--method", "sft")
+    monkeypatch.setattr(r2d, "predict_labels", lambda run, questions: ["x"] * len(questions))
+    rows = r2d.test_rows(run)
+    for gold in run.dataset.labels:
+        drawn = [row["flipped_label"] for row in rows if row["label"] == gold]
+        for label in run.dataset.labels:
+            p = 0 if label == gold else 1 / 4
+            sigma = math.sqrt(len(drawn) * p * (1 - p))
+            assert abs(drawn.count(label) - p * len(drawn)) <= 5 * sigma
+
+
+def test_the_seed_decides_everything(easy_run, easy, tmp_path):
+    """Catches anything random that the seed does not decide, and a seed that decides nothing."""
+    assert start(tmp_path / "same", *easy) == 0
+    assert start(tmp_path / "other", *easy, "--seed", "1") == 0
+    before = contents(easy_run)
+    same = contents(tmp_path / "same")
+    for name in ("log.jsonl", "predictions.jsonl", "metrics.json", "config.json"):
+        assert same[name] == before[name], name
+    assert same_training(tmp_path / "same", easy_run)
+    assert not same_training(tmp_path / "other", easy_run)
+    assert not same_weights(tiny().model.state_dict(), tiny("--seed", "1").model.state_dict())
+
+
+def test_p_zero_is_gold_only_and_p_one_is_not(easy, tmp_path, monkeypatch):
+    """Catches sampling that costs a random number at P = 0, and one that changes no prompt."""
+    more = [*easy, "--dropout", "0.1", "--warmup", "0", "--ramp", "0"]
+    assert start(tmp_path / "own", *more, "--cap", "1") == 0
+    assert start(tmp_path / "zero", *more, "--cap", "0") == 0
     monkeypatch.setattr(r2d, "flip_coins", lambda n, p, generator: [False] * n)  # no coin at all
-    assert run(tmp_path / "none", "--schedule", "none", "--dropout", "0.1") == 0
-    zero, none = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("zero", "none"))
-    assert all(torch.equal(none["model"][key], zero["model"][key]) for key in none["model"])
-    assert torch.equal(none["rng"], zero["rng"])
+    assert start(tmp_path / "gold", *more, "--schedule", "none") == 0
+    assert same_training(tmp_path / "zero", tmp_path / "gold")
+    assert not same_training(tmp_path / "own", tmp_path / "gold")
+    log = lines(tmp_path / "own" / "log.jsonl")[4:]
+    assert {line["used_predicted"] + line["invalid_predicted"] for line in log} == {8}
+    assert sum(line["wrong_predicted"] for line in log) > 0
 
 
-def stop_at(patch: pytest.MonkeyPatch, stage: int, step: int) -> None:
-    """Ctrl-C at this step of this stage."""
-    gradients = r2d.gradients
-
-    def stopping(run: r2d.Run, *place: object) -> dict:
-        if place[:2] == (stage, step):
-            os.kill(os.getpid(), signal.SIGINT)
-        return gradients(run, *place)
-
-    patch.setattr(r2d, "gradients", stopping)
-
-
-def test_an_interrupted_run_goes_on_to_the_same_weights(finished: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    """Catches a resume that repeats, skips or reorders steps, or forgets the optimiser or the coins."""
-    with monkeypatch.context() as patch:
-        stop_at(patch, stage=2, step=5)
-        assert run(tmp_path / "run") == 130
-    assert lines(tmp_path / "run" / "log.jsonl")[-1]["step"] == 5  # the step is finished, then the state is saved
-    assert r2d.main(["--out", str(tmp_path / "run")]) == 0  # no options: those of the run
-    assert "stage 2: goes on at step 6" in capsys.readouterr().out
-    assert same_state(tmp_path / "run", finished)
-    assert (tmp_path / "run" / "predictions.jsonl").read_bytes() == (finished / "predictions.jsonl").read_bytes()
-
-
-def test_fresh_over_an_interrupted_stage_1_begins_at_its_beginning(tmp_path: Path, monkeypatch, capsys) -> None:
-    """Catches a run that starts over from the last save of the one it has just moved aside."""
-    with monkeypatch.context() as patch:
-        stop_at(patch, stage=1, step=2)
-        assert run(tmp_path / "run", "--stage", "1") == 130
-    assert run(tmp_path / "run", "--stage", "1", "--fresh") == 0
-    assert [line["step"] for line in lines(tmp_path / "run" / "log.jsonl")] == list(range(4))
-    assert "goes on at step" not in capsys.readouterr().out
-
-
-def test_stage_1_then_stage_2_is_the_whole_job(finished: Path, tmp_path: Path) -> None:
-    """Catches a stage 2 that trains stage 1 again, or starts from other weights than stage 1 left."""
-    assert run(tmp_path / "run", "--stage", "1") == 0
-    assert not (tmp_path / "run" / "metrics.json").exists()
-    assert run(tmp_path / "run", "--stage", "2") == 0
-    assert same_state(tmp_path / "run", finished)
-
-
-def test_a_stage_1_brought_from_another_run_is_used(finished: Path, tmp_path: Path) -> None:
-    """Catches a stage 2 that ignores a stage1.pt laid into its folder and starts from random weights."""
-    (tmp_path / "run").mkdir()
-    for name in ("stage1.pt", "tokenizer.model"):
-        (tmp_path / "run" / name).write_bytes((finished / name).read_bytes())
-    assert run(tmp_path / "run") == 0
-    assert lines(tmp_path / "run" / "log.jsonl")[0]["stage"] == 2 and same_state(tmp_path / "run", finished)
-
-
-def test_a_finished_run_is_left_alone_and_fresh_moves_it_aside(finished: Path, tmp_path: Path, capsys) -> None:
-    """Catches a second call that trains again or overwrites, and --fresh that deletes."""
-    assert run(tmp_path / "run") == 0
-    before = (tmp_path / "run" / "metrics.json").stat().st_mtime_ns
-    assert run(tmp_path / "run") == 0 and "finished" in capsys.readouterr().out
-    assert (tmp_path / "run" / "metrics.json").stat().st_mtime_ns == before
-    assert run(tmp_path / "run", "--fresh", "--seed", "5") == 0
-    assert (tmp_path / "run.old1" / "metrics.json").stat().st_mtime_ns == before
-    assert read(tmp_path / "run" / "config.json")["seed"] == 5
-
-
-def test_eval_and_ask_use_the_checkpoint(finished: Path, capsys) -> None:
-    """Catches an evaluation of untrained weights, and an --ask that prints something else than a label."""
-    before = (finished / "predictions.jsonl").read_bytes()
-    assert run(finished, "--eval") == 0
-    assert (finished / "predictions.jsonl").read_bytes() == before
+def test_eval_and_ask_use_the_checkpoint(easy_run, tmp_path, capsys, monkeypatch):
+    """Catches an evaluation of untrained weights, coins in it, and an --ask that trains."""
+    out = shutil.copytree(easy_run, tmp_path / "run")
+    before = contents(out)
+    (out / "predictions.jsonl").unlink()
+    for forbidden in ("flip_coins", "train"):
+        monkeypatch.setattr(r2d, forbidden, None)
+    assert r2d.main(["--out", str(out), "--eval"]) == 0  # with the options of the run
+    assert contents(out) == before
+    row = lines(out / "predictions.jsonl")[0]
     capsys.readouterr()
-    assert run(finished, "--ask", lines(finished / "predictions.jsonl")[0]["question"]) == 0
-    label = lines(finished / "predictions.jsonl")[0]["predicted_label"]
-    assert f"label      {label}\n" in capsys.readouterr().out
+    assert r2d.main(["--out", str(out), "--ask", row["question"]]) == 0
+    said = capsys.readouterr().out
+    assert row["predicted_label"] in said
+    assert row["rationale_given_predicted"] in said
+    assert contents(out) == before
 
 
-def test_selection_takes_no_checkpoint_from_before_the_end_of_the_ramp(finished: Path) -> None:
-    """Catches a best checkpoint that never saw a predicted label."""
-    assert torch.load(finished / "stage2.pt", weights_only=True)["step"] >= 0.65 * 8
+def test_selection_and_early_stopping(tmp_path, monkeypatch):
+    """Catches a checkpoint from before the end of the ramp, patience that counts from the start,
+    and a best checkpoint that is the last."""
+    kept = []
 
-
-def test_early_stopping_arms_after_the_ramp_and_keeps_the_best(tmp_path: Path, monkeypatch) -> None:
-    """Catches a patience that counts from the start, and a best checkpoint that is simply the last."""
-    scores = iter(range(1000, 0, -1))
-
-    def worse_each_time(run: r2d.Run, stage: int) -> tuple[float, dict]:
-        score = next(scores)
-        return score, {"val_loss": -score, "val_macro_f1": score}
+    def worse_each_time(run: r2d.Run, stage: int) -> dict:
+        kept.append({key: value.clone() for key, value in run.model.state_dict().items()})
+        return {"val_loss": len(kept), "val_macro_f1": -len(kept)}
 
     monkeypatch.setattr(r2d, "validate", worse_each_time)
-    one = tiny_run(tmp_path, stage1_steps=20, stage2_steps=40, eval_every=1)
-    one.out.mkdir()
-    r2d.start(one)
-    for stage in (1, 2):
-        r2d.train(one, stage, r2d.last_state(one.out))
-        best = torch.load(one.out / f"stage{stage}.pt", weights_only=True)["weights"]
-        assert all(torch.equal(best[key], value) for key, value in one.model.state_dict().items())
-    log = lines(tmp_path / "run" / "log.jsonl")
-    # stage 1: best after step 1, then patience 3. Stage 2: armed after 0.65 * 40 = 26 steps, then patience 5.
-    assert [sum(line["stage"] == stage for line in log) for stage in (1, 2)] == [4, 31]
-    saved = [torch.load(tmp_path / "run" / f"stage{stage}.pt", weights_only=True)["step"] for stage in (1, 2)]
-    assert saved == [1, 26]
-
-
-def test_sampling_never_runs_in_evaluation(finished: Path, monkeypatch) -> None:
-    """Catches coins in validation or in the final evaluation."""
-
-    def forbidden(*_: object) -> list[bool]:
-        raise AssertionError("a coin was flipped")
-
-    monkeypatch.setattr(r2d, "flip_coins", forbidden)
-    assert run(finished, "--eval") == 0
-    one = r2d.prepare(r2d.Options(**{**r2d.parse_options(TINY), "out": str(finished)}))
-    r2d.validate(one, 2)
-
-
-# --- the command line
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ("--stage 3", "--stage"),
-        ("--nonsense", "--nonsense"),
-        ("--lr fast", "--lr"),
-        ("--lr nan", "--lr"),
-        ("--cap 1.5", "--cap"),
-        ("--warmup 0.6 --ramp 0.6", "--ramp"),
-        ("--width 30 --heads 4", "--heads"),
-        ("--eval --ask x", "--ask"),
-        ("--eval --fresh", "--fresh"),
-        ("--data missing.jsonl", "missing.jsonl"),
-        ("--data missing.jsonl --rationales nurse", "--rationales"),
-        ("--eval", "stage2.pt"),
-        ("--batch-size 0", "--batch-size"),
-    ],
-)
-def test_wrong_options_end_in_one_line_and_status_2(arguments: str, named: str, tmp_path: Path, capsys) -> None:
-    """Catches a traceback, a message that does not name the option, and a folder left behind."""
     out = tmp_path / "run"
-    assert r2d.main([*shlex.split(arguments), "--out", str(out)]) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1 and named in message and not out.exists()
+    steps = ["--stage1-steps", "20", "--stage2-steps", "40", "--eval-every", "1"]
+    assert start(out, *steps) == 0
+    stages = [line["stage"] for line in lines(out / "log.jsonl")]
+    # stage 1: best after update 1, then patience 3; stage 2: armed after 0.65 * 40, patience 5
+    assert (stages.count(1), stages.count(2)) == (1 + 3, 26 + 5)
+    assert same_weights(weights(out / "stage1.pt"), kept[0])
+    assert same_weights(weights(out / "stage2.pt"), kept[4 + 25])
 
 
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        ("", "empty"),
-        ('{"question": "a", "label": "x"}\n', "rationale"),
-        ('{"question": "a", "label": 3, "rationale": "r"}\n', "label"),
-        ('{"question": "a", "label": "x", "rationale": "r"}\n', "empty"),
-        (
-            "".join(f'{{"question": "q{i}", "label": "{"ab"[i % 2]}", "rationale": ""}}\n' for i in range(20)),
-            "rationale",
-        ),
-        ("".join(f'{{"question": "q{i}", "label": "a", "rationale": "r"}}\n' for i in range(20)), "label"),
-    ],
-)
-def test_bad_data_ends_in_one_line_and_leaves_nothing(content: str, named: str, tmp_path: Path, capsys) -> None:
-    """Catches a run folder that is made before the data is known to be good."""
-    (tmp_path / "d.jsonl").write_text(content, encoding="utf-8")
-    assert run(tmp_path / "run", "--data", str(tmp_path / "d.jsonl")) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1 and named in message and "d.jsonl" in message
-    assert not (tmp_path / "run").exists()
+def test_matrix_products_have_the_type_asked_for(tmp_path, monkeypatch):
+    """Catches a --dtype without effect, in training or in decoding, and weights in bfloat16."""
+    seen = set()
+    product = nn.Linear.forward
+
+    def spy(part: nn.Linear, x: Tensor) -> Tensor:
+        y = product(part, x)
+        seen.add(y.dtype)
+        return y
+
+    monkeypatch.setattr(nn.Linear, "forward", spy)
+    assert start(tmp_path / "run", "--dtype", "bfloat16") == 0
+    assert seen == {torch.bfloat16}
+    assert weights(tmp_path / "run" / "stage2.pt")["embedding.weight"].dtype == torch.float32
 
 
-def test_other_options_than_the_unfinished_runs_are_refused_by_name(tmp_path: Path, capsys) -> None:
-    """Catches a resume that silently becomes a different run."""
-    assert run(tmp_path / "run", "--stage", "1") == 0
-    before = (tmp_path / "run" / "last.pt").read_bytes()
-    capsys.readouterr()
-    assert run(tmp_path / "run", "--lr", "0.5") == 2
-    assert "--lr" in capsys.readouterr().err and (tmp_path / "run" / "last.pt").read_bytes() == before
-
-
-def test_a_damaged_or_hostile_checkpoint_is_refused(finished: Path, tmp_path: Path, capsys) -> None:
-    """Catches a traceback from a truncated file, and a pickle that runs code when it is read."""
-    assert run(tmp_path / "run", "--stage", "1") == 0
-    last = tmp_path / "run" / "last.pt"
-    (tmp_path / "run" / "previous.pt").unlink()  # else the run goes on from there
-    last.write_bytes(last.read_bytes()[:1000])
-    assert run(tmp_path / "run") == 2 and "last.pt" in capsys.readouterr().err
-    torch.save({"stage": Evil(tmp_path / "evil")}, last)
-    assert run(tmp_path / "run") == 2 and not (tmp_path / "evil").exists()
-
-
-class Evil:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.path),)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_path: Path, monkeypatch, capsys) -> None:
-    """Catches training on through nan, and a checkpoint full of nan."""
-    mean, gradients, at = r2d.token_mean, r2d.gradients, []
-    monkeypatch.setattr(r2d, "gradients", lambda r, stage, s, *rest: at.append(s) or gradients(r, stage, s, *rest))
-    monkeypatch.setattr(r2d, "token_mean", lambda *a: mean(*a) * (float("nan") if at[-1] == 6 else 1))
-    assert run(tmp_path / "run") == 2
-    assert "step 6" in capsys.readouterr().err
-    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    assert state["step"] == 4 and all(torch.isfinite(w).all() for w in state["model"].values())
-
-
-def test_long_questions_are_cut_counted_and_reported_and_the_label_is_kept(tmp_path: Path, capsys) -> None:
-    """Catches a cut that takes the label, or that nobody hears of."""
-    rows = [
-        {"question": f"q{i} " + "long words " * 400, "label": "ab"[i % 2], "rationale": "because"} for i in range(20)
-    ]
-    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    assert run(tmp_path / "run", "--data", str(tmp_path / "d.jsonl"), "--max-source", "64") == 0
-    assert "16 of 16 train questions are cut" in capsys.readouterr().out
-    assert read(tmp_path / "run" / "metrics.json")["argues_by"] == "reader"
-    (tmp_path / "d.jsonl").unlink()
-    assert run(tmp_path / "run", "--max-source", "64", "--ask", "a question") == 0  # asking needs no data
-
-
-def test_help_has_a_default_for_every_option(capsys) -> None:
-    """Catches an option without help: every one says its default."""
-    with pytest.raises(SystemExit) as end:
-        r2d.main(["-h"])
-    text = capsys.readouterr().out
-    assert end.value.code == 0
-    assert text.count("default") >= len(r2d.fields(r2d.Options))
-
-
-def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
-    """Catches a preempted run that loses everything: a real process, a real signal."""
+# ---- from a T5 checkpoint -----------------------------------------------------------------------
+def test_init_is_evaluated_as_it_is_and_trained(finished, tmp_path):
+    """Catches random weights, another tokenizer or shape: nats are those of transformers."""
+    transformers = pytest.importorskip("transformers")
+    t5 = write_t5(tmp_path / "t5", (finished / "tokenizer.model").read_bytes())
     out = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "r2d.py"), *TINY, "--out", str(out), "--stage2-steps", "100000"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8")
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and len(stage2_lines(out)) <= 8:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, message = process.communicate(timeout=60)
-    assert process.returncode == 130 and "same command" in message and "Traceback" not in message
-    assert torch.load(out / "last.pt", weights_only=True)["stage"] == 2
-
-
-def test_the_label_must_survive_the_tokenizer(tmp_path: Path, capsys, monkeypatch) -> None:
-    """Catches a tokenizer that cannot write a label (SentencePiece once lost the letter E)."""
-    monkeypatch.setattr(data.Tokenizer, "decode", lambda self, ids: "go to D now")
-    assert run(tmp_path / "run") == 2
-    assert "cannot write the label" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert start(out, "--init", str(t5), "--eval") == 0
+    assert set(contents(out)) == FILES - {"stage1.pt", "stage2.pt", "last.pt", "log.jsonl"}
+    peer = transformers.T5ForConditionalGeneration.from_pretrained(t5).eval()
+    tokenizer = data.Tokenizer.load(t5 / "spiece.model")
+    for row in lines(out / "predictions.jsonl")[:3]:
+        prompt = f"given label: {row['label']}, explain: {row['question']}"
+        source = tokenizer.encode([prompt], 256)
+        labels = tokenizer.encode([row["rationale"]], 24)
+        loss = peer(input_ids=source, labels=labels).loss.item()
+        assert row["nats_given_gold"] == pytest.approx(loss * labels.shape[1], rel=1e-4)
+    out = tmp_path / "trained"
+    assert start(out, "--init", str(t5), "--lr", "0.001") == 0
+    assert (out / "tokenizer.model").read_bytes() == (t5 / "spiece.model").read_bytes()
+    assert read(out / "config.json")["model"]["d_ff"] == 24
+    trained = weights(out / "stage2.pt")["embedding.weight"]
+    assert 0 < (trained - peer.state_dict()["shared.weight"]).abs().max() < 0.1
+    assert r2d.main(["--out", str(out), "--ask", "a cough"]) == 0
