@@ -386,12 +386,12 @@ def evaluate(run: Run) -> None:
 
 # ---- The files of a run -------------------------------------------------------------------------
 def save(run: Run, progress: SimpleNamespace, optimizer: Adam) -> None:
-    """All that `load` needs, in last.pt; and the log so far, in log.jsonl."""
+    """The log so far, in log.jsonl; then all that `load` needs, in last.pt."""
+    lines = [json.dumps(line) + "\n" for line in progress.log]
+    write_file(run.options.out / "log.jsonl", "".join(lines).encode())
     state = {"progress": vars(progress), "optimizer": optimizer.state_dict()}
     state["weights"] = run.model.state_dict()
     data.write_checkpoint(run.options.out / "last.pt", state)
-    lines = [json.dumps(line) + "\n" for line in progress.log]
-    write_file(run.options.out / "log.jsonl", "".join(lines).encode())
 
 
 def load(run: Run, progress: SimpleNamespace, optimizer: Adam) -> None:
