@@ -74,15 +74,14 @@ def score(run: Path, encoder: Path, device: str) -> dict:
     """{encoder, condition: scores}: what bertscore.json holds."""
     path = run / "predictions.jsonl"
     rows = read_rows(path)
-    if not any("rationale_given_predicted" in row for row in rows):
+    if not rows or "rationale_given_predicted" not in rows[0]:
         raise InputError(f"{path}: no rationales of a model to score")
     model, tokenizer = load_encoder(encoder, device)
     result = {"encoder": str(encoder)}
     for condition in metrics.CONDITIONS:
         key = f"rationale_given_{condition}"
-        explained = [row for row in rows if key in row]
-        if explained:
-            result[condition] = condition_scores(model, tokenizer, explained, key)
+        if key in rows[0]:
+            result[condition] = condition_scores(model, tokenizer, rows, key)
     return result
 
 
@@ -100,14 +99,16 @@ def main(arguments: list[str] | None = None) -> int:
         result = score(args.run, args.encoder, args.device)
         content = json.dumps(result, indent=2, allow_nan=False)
         r2d.write_file(args.run / "bertscore.json", content.encode())
-    except (ValueError, OSError) as error:  # an InputError is a ValueError
+    except (ValueError, LookupError, OSError) as error:  # an InputError is a ValueError
         print(f"bertscore.py: {error}", file=sys.stderr)
         return 2
     print(f"BERTScore by {result.pop('encoder')}, 0-100, ± half of the 95 % interval")
     print("given label         n    precision       recall           f1")
     for condition, scores in result.items():
-        cells = [metrics.show(scores, name).rjust(13) for name in NAMES]
-        print(condition.replace("_", " ").ljust(15) + f"{scores['n']:6}" + "".join(cells))
+        line = condition.replace("_", " ").ljust(15) + f"{scores['n']:6}"
+        for name in NAMES:
+            line += metrics.show(scores, name).rjust(13)
+        print(line)
     return 0
 
 

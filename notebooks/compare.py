@@ -57,7 +57,7 @@ def plan(item: str, seed: int, out: Path, further: list[str]) -> list[str]:
     options = vars(r2d.parse_args(arguments))
     if not own.items() <= options.items():
         raise InputError(f"{item}: leave out {', '.join(own)}: the comparison sets them")
-    # Equal budgets: a run without stage 1 makes stage 1's updates on top of those of stage 2.
+    # Equal budgets: a run without stage 1 (sft, dss) makes its updates on top of stage 2's own.
     if not has_stage1(options) and ",stage2" not in item:
         options["stage2_steps"] += options["stage1_steps"]
         arguments.append(f"--stage2-steps={options['stage2_steps']}")

@@ -12,11 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-
-matplotlib.use("Agg")  # no window
 import matplotlib.pyplot as plt
+import numpy as np
 
 # The colours of Okabe and Ito, told apart by the colour-blind; in grey the markers tell.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -62,11 +59,10 @@ def draw_test(ax: plt.Axes, rationale: dict) -> None:
             bleu.append(rationale[name]["bleu"])
             intervals.append(rationale[name]["bleu_ci95"])
             ax.annotate(f"{bleu[-1]:.1f}", (place, bleu[-1]), (6, 8), textcoords="offset points")
-    if places:
-        errors = np.abs(np.transpose(intervals) - bleu)  # (2, n): below and above
-        ax.errorbar(places, bleu, errors, marker="o", capsize=4, label="BLEU of the model")
-    else:
-        ax.text(1, 0.5, "sft explains nothing", ha="center")
+    errors = np.abs(np.transpose(intervals) - bleu)  # (2, n): below and above
+    ax.errorbar(places, bleu, errors, marker="o", capsize=4, label="BLEU of the model")
+    if not places:
+        ax.text(1, 0, "sft explains nothing", ha="center")
     if "ceiling" in rationale:
         reference = [rationale["ceiling_gold"]["bleu"], rationale["ceiling"]["bleu"]]
         ax.plot(reference, **REFERENCE, label="BLEU of the reference explainer")
@@ -121,8 +117,7 @@ def draw(source: Path) -> plt.Figure:
     draw_training(axes[0], log, config["batch_size"])
     draw_test(axes[1], result.get("rationale", {}))
     for ax in axes:
-        if ax.lines:
-            ax.legend(loc="lower left", bbox_to_anchor=(-0.05, 1), frameon=False)
+        ax.legend(loc="lower left", bbox_to_anchor=(-0.05, 1), frameon=False)
     return figure
 
 
@@ -133,6 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", type=Path, help="folder of a finished run, or a compare.json")
     parser.add_argument("picture", type=Path, metavar="OUT.png")
     args = parser.parse_args(arguments)
+    plt.switch_backend("Agg")  # no window
     plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLOURS)
     plt.rcParams["axes.spines.top"] = False
     plt.rcParams["axes.spines.right"] = False
