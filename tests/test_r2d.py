@@ -24,7 +24,6 @@ def start(out: Path, *arguments: str) -> int:
 
 
 def tiny(*arguments: str) -> r2d.Run:
-    """A run that is set up and not begun: it has no folder."""
     return r2d.setup(r2d.parse_args([*TINY, "--out", "never-made", *arguments]))
 
 
@@ -37,7 +36,6 @@ def same_weights(one: dict, other: dict) -> bool:
 
 
 def same_training(one: Path, other: Path) -> bool:
-    """The same losses and weights to the bit."""
     same_log = (one / "log.jsonl").read_bytes() == (other / "log.jsonl").read_bytes()
     return same_log and same_weights(weights(one / "stage2.pt"), weights(other / "stage2.pt"))
 
@@ -86,8 +84,7 @@ def test_schedule_has_the_values_worked_out_by_hand(schedule):
 @pytest.mark.parametrize("cap", [0.0, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("steps", [10, 1500])
 def test_every_schedule_rises_to_its_cap(schedule, cap, steps):
-    """Catches a schedule that falls, overshoots, starts in the warm-up, ends low or late, divides
-    by a ramp of 0, or samples under `none`."""
+    """Catches a schedule that falls, overshoots, starts early, ends late, divides by 0."""
     p = [r2d.p_predicted(step, steps, schedule, 0.05, 0.6, cap) for step in range(steps)]
     assert p == sorted(p)
     assert (p[0], p[-1]) == (0, cap)
@@ -105,7 +102,6 @@ def test_alpha_and_learning_rate():
     assert r2d.alpha_at(0, 1000, 0, 0.7) == 0.7
     rates = [r2d.lr_at(step, 100, 0.5) for step in range(100)]
     assert [rates[i] for i in (0, 4, 9, 55, 99)] == pytest.approx([0.05, 0.25, 0.5, 0.25, 0.5 / 90])
-    assert max(rates) == 0.5
 
 
 def test_coins_are_fair_within_five_sigma_and_one_per_example():
@@ -129,6 +125,7 @@ def test_mix_labels_takes_valid_predicted_labels_where_the_coin_says(monkeypatch
     gold = [example.label for example in batch]
     wrong = next(label for label in run.dataset.labels if label != gold[0])
     answers = {batch[0].question: wrong, batch[2].question: "nonsense", batch[4].question: ""}
+    answers[batch[5].question] = gold[5]
     asked = []
 
     def predict(run: r2d.Run, questions: list[str]) -> list[str]:
@@ -136,11 +133,11 @@ def test_mix_labels_takes_valid_predicted_labels_where_the_coin_says(monkeypatch
         return [answers.get(question, gold[3]) for question in questions]
 
     monkeypatch.setattr(r2d, "predict_labels", predict)
-    coins = [True, False, True, True, True, False]
+    coins = [True, False, True, True, True, True]
     labels, counts = r2d.mix_labels(run, batch, coins)
     assert labels == [wrong, *gold[1:]]
-    assert counts == {"used_predicted": 2, "wrong_predicted": 1, "invalid_predicted": 2}
-    assert asked == [batch[i].question for i in (0, 2, 3, 4)]
+    assert counts == {"used_predicted": 3, "wrong_predicted": 1, "invalid_predicted": 2}
+    assert asked == [batch[i].question for i in (0, 2, 3, 4, 5)]
     assert r2d.mix_labels(run, batch, [False] * 6)[0] == gold
 
 
@@ -217,14 +214,19 @@ def test_losses_are_means_over_target_tokens_weighted_by_alpha():
 
 
 def test_the_first_update_moves_each_tensor_by_its_rate(tmp_path):
-    """Catches one rate for all tensors: Adam's first step is the rate, wherever there is a
-    gradient, and the rate is relative to the RMS of the tensor."""
-    assert start(tmp_path / "run", "--no-stage1", "--stage2-steps", "1", "--lr", "0.1") == 0
+    """Catches one rate for all tensors (Adam's first step is the rate, here relative to the RMS of
+    the tensor, wherever there is a gradient), and gradients that are not clipped to norm 1."""
+    more = "--no-stage1 --stage2-steps 1 --lr 0.1 --batch-size 2".split()
+    assert start(tmp_path / "run", *more) == 0
     after = weights(tmp_path / "run" / "stage2.pt")
     for name, before in tiny().model.state_dict().items():
         size = before.square().mean().sqrt()
         moved = (after[name] - before).abs().max()
         assert moved.item() == pytest.approx(0.1 * size.item(), rel=0.01), name
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["optimizer"]["state"]
+    norm = math.hypot(*[part["exp_avg"].norm() for part in state.values()])
+    assert norm == pytest.approx(0.1, rel=1e-4)  # Adam takes a tenth of the new gradient
+    assert lines(tmp_path / "run" / "log.jsonl")[0]["grad_norm"] > 1
 
 
 def test_a_few_notes_are_learned_by_heart(tmp_path):
@@ -242,8 +244,7 @@ def test_a_few_notes_are_learned_by_heart(tmp_path):
 
 # ---- whole runs ---------------------------------------------------------------------------------
 def test_a_run_leaves_the_files_of_the_contract(finished):
-    """Catches a file, an option or a key that was renamed, forgotten or left over, and a log of
-    another schedule."""
+    """Catches a file, an option or a key that was renamed or left over; another schedule."""
     assert set(contents(finished)) == FILES
     config = read(finished / "config.json")
     assert config["labels"] == data.DISPOSITIONS
@@ -268,8 +269,8 @@ def test_a_run_leaves_the_files_of_the_contract(finished):
 
 @pytest.mark.parametrize("method", ["r2d", "dss", "sft"])
 def test_metrics_are_the_scores_of_the_rows(method, easy, tmp_path):
-    """Catches a score that is not computed from predictions.jsonl, a row without a fact, and a
-    condition that a method does not have. The data are a CSV file: the reader judges."""
+    """Catches scores of something else than predictions.jsonl, a row without a fact, a condition
+    that the method does not have. The data are a CSV file: the reader judges."""
     out = tmp_path / "run"
     assert start(out, "--method", method, *easy) == 0
     rows = lines(out / "predictions.jsonl")
@@ -328,10 +329,8 @@ def test_the_seed_decides_everything(easy_run, easy, tmp_path):
     """Catches anything random that the seed does not decide, and a seed that decides nothing."""
     assert start(tmp_path / "same", *easy) == 0
     assert start(tmp_path / "other", *easy, "--seed", "1") == 0
-    before = contents(easy_run)
-    same = contents(tmp_path / "same")
-    for name in ("log.jsonl", "predictions.jsonl", "metrics.json", "config.json"):
-        assert same[name] == before[name], name
+    for name in ("predictions.jsonl", "metrics.json", "config.json"):
+        assert (tmp_path / "same" / name).read_bytes() == (easy_run / name).read_bytes(), name
     assert same_training(tmp_path / "same", easy_run)
     assert not same_training(tmp_path / "other", easy_run)
     assert not same_weights(tiny().model.state_dict(), tiny("--seed", "1").model.state_dict())
@@ -345,7 +344,6 @@ def test_p_zero_is_gold_only_and_p_one_is_not(easy, tmp_path, monkeypatch):
     monkeypatch.setattr(r2d, "flip_coins", lambda n, p, generator: [False] * n)  # no coin at all
     assert start(tmp_path / "gold", *more, "--schedule", "none") == 0
     assert same_training(tmp_path / "zero", tmp_path / "gold")
-    assert not same_training(tmp_path / "own", tmp_path / "gold")
     log = lines(tmp_path / "own" / "log.jsonl")[4:]
     assert {line["used_predicted"] + line["invalid_predicted"] for line in log} == {8}
     assert sum(line["wrong_predicted"] for line in log) > 0
@@ -370,18 +368,21 @@ def test_eval_and_ask_use_the_checkpoint(easy_run, tmp_path, capsys, monkeypatch
 
 
 def test_selection_and_early_stopping(tmp_path, monkeypatch):
-    """Catches a checkpoint from before the end of the ramp, patience that counts from the start,
-    and a best checkpoint that is the last."""
-    kept = []
+    """Catches a checkpoint from before the end of the ramp, patience that counts from the start, a
+    best checkpoint that is the last, and a stage 1 with the rationales of stage 2."""
+    kept, learned = [], []
+    loss = r2d.stage1_loss
 
     def worse_each_time(run: r2d.Run, stage: int) -> dict:
         kept.append({key: value.clone() for key, value in run.model.state_dict().items()})
         return {"val_loss": len(kept), "val_macro_f1": -len(kept)}
 
     monkeypatch.setattr(r2d, "validate", worse_each_time)
+    monkeypatch.setattr(r2d, "stage1_loss", lambda run, x: learned.extend(x) or loss(run, x))
     out = tmp_path / "run"
-    steps = ["--stage1-steps", "20", "--stage2-steps", "40", "--eval-every", "1"]
-    assert start(out, *steps) == 0
+    more = "--stage1-steps 20 --stage2-steps 40 --eval-every 1 --stage1-rationales nurse".split()
+    assert start(out, *more) == 0
+    assert set(learned) <= set(tiny(*more).dataset.stage1_train)
     stages = [line["stage"] for line in lines(out / "log.jsonl")]
     # stage 1: best after update 1, then patience 3; stage 2: armed after 0.65 * 40, patience 5
     assert (stages.count(1), stages.count(2)) == (1 + 3, 26 + 5)
@@ -395,9 +396,8 @@ def test_matrix_products_have_the_type_asked_for(tmp_path, monkeypatch):
     product = nn.Linear.forward
 
     def spy(part: nn.Linear, x: Tensor) -> Tensor:
-        y = product(part, x)
-        seen.add(y.dtype)
-        return y
+        seen.add(product(part, x).dtype)
+        return product(part, x)
 
     monkeypatch.setattr(nn.Linear, "forward", spy)
     assert start(tmp_path / "run", "--dtype", "bfloat16") == 0
