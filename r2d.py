@@ -443,7 +443,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--width", type=int, default=128, help="of the model")
     add("--layers", type=int, default=2, help="of the encoder, and of the decoder")
     add("--heads", type=int, default=4, help="attention heads")
-    add("--dropout", type=float, default=0.0, help="dropout rate")
     add = parser.add_argument_group("training").add_argument
     add("--init", help="folder of a T5 or Flan-T5 checkpoint to start from")
     add("--stage1-steps", type=int, default=150, help="updates in stage 1")
@@ -451,6 +450,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=32, help="examples per update")
     add("--lr", type=float, default=0.02, help="peak, relative to weights; 0.001 for --init")
     add("--eval-every", type=int, default=100, help="updates between two validations")
+    add("--dropout", type=float, default=0.0, help="dropout rate")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matrix products")
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, default="out", help="folder of the run")
