@@ -1,6 +1,6 @@
 """The notebooks: executed at the size that NOTEBOOK_SIZE=tiny asks for, and what is kept of them.
 
-    python tests/test_notebooks.py
+    PYTHONPATH=. python tests/test_notebooks.py
 
 executes them at full size and keeps the outputs, with a fingerprint of the code that made them.
 """
