@@ -358,11 +358,11 @@ def test_eval_and_ask_use_the_checkpoint(easy_run, tmp_path, capsys, monkeypatch
     assert r2d.main(["--out", str(out), "--eval"]) == 0  # with the options of the run
     assert contents(out) == before
     row = lines(out / "predictions.jsonl")[0]
-    capsys.readouterr()
     assert r2d.main(["--out", str(out), "--ask", row["question"]]) == 0
-    said = capsys.readouterr().out
-    assert row["predicted_label"] in said
-    assert row["rationale_given_predicted"] in said
+    assert f"label      {row['predicted_label']}\n" in capsys.readouterr().out
+    monkeypatch.setattr(r2d, "decode", lambda run, prompts, limit: [f"<{prompts[0]}>"])
+    assert r2d.main(["--out", str(out), "--ask", "q"]) == 0
+    assert "rationale  <given label: <predict: q>, explain: q>\n" in capsys.readouterr().out
     assert contents(out) == before
 
 
