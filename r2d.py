@@ -274,7 +274,7 @@ def train(run: Run, stage: int) -> None:
         if progress.bad_evals == patience:
             break
         batch = [examples[i] for i in batches[step]]
-        seed = 10**9 * o.seed + 10**4 * step  # of this update, so that a run can resume
+        seed = 10**9 * o.seed + 10**4 * step  # of this update, to resume
         torch.manual_seed(seed + RANK)  # for dropout
         if stage == 1:
             schedule = {}
@@ -474,7 +474,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         for name, value in saved.items():
             if getattr(o, name) != value:
                 parser.error(f"{name}: the run in {o.out} has {value}; change --out")
-    least = {"seed": 0, "max_target": 2, "max_source": 32, "vocab_size": 400}  # of others: 1
+    least = {"seed": 0, "max_target": 2, "max_source": 32, "vocab_size": 400}  # else 1
     for name, value in vars(o).items():
         if type(value) is int and not least.get(name, 1) <= value <= 10**9:
             parser.error(f"{name} {value}: must be between {least.get(name, 1)} and a billion")
@@ -482,8 +482,9 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(f"{name} {value}: must be between 0 and 1")
     if o.stage == 1 and (o.method != "r2d" or o.no_stage1 or o.eval):
         parser.error("--stage 1: is training, of --method r2d alone, without --no-stage1")
-    if o.ask is not None and not o.ask.strip():
-        parser.error("--ask: the text is empty; give the note in quotes")
+    utf8 = (o.ask or "").encode(errors="ignore").decode()
+    if o.ask is not None and (utf8 != o.ask or not utf8.strip()):
+        parser.error("--ask: the text is empty or not UTF-8")
     return o
 
 
