@@ -12,7 +12,7 @@ import json
 import random
 import re
 from collections import Counter, namedtuple
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,11 +47,11 @@ class Dataset:
     ceiling_gold: list[Example]  # what it would answer if told the gold label; else empty lists
 
 
-# ---- The simulated nurse line: words. A fact is named by its usual wording; `other` is another,
-# `short` the nurse's abbreviation. `group` is a row of GROUPS, `cue` what reassures, `reasons` what
-# a red flag can mean and the same for the nurse.
+# ---- The simulated nurse line: words. A fact has the name of its usual wording; `other` is another
+# one, `short` the nurse's. `group` is a row of GROUPS, `reason` what a red flag can mean.
+Words = namedtuple("Words", ["other", "short"])
 Complaint = namedtuple("Complaint", ["other", "short", "group", "cue"])
-RedFlag = namedtuple("RedFlag", ["tier", "other", "short", "reasons"])
+RedFlag = namedtuple("RedFlag", ["other", "short", "tier", "reason"])
 COMPLAINTS = {
     "chest pain": Complaint("pain in the chest", "CP", "heart", "pain only on pressure"),
     "a headache": Complaint("an aching head", "HA", "head", "a known pattern"),
@@ -73,8 +73,6 @@ COMPLAINTS = {
     "a wound": Complaint("a cut in the skin", "lac", "skin", "pain only on pressure"),
     "soreness from a fall": Complaint("aches from a fall", "GLF", "limbs", "pain only on pressure"),
     "an allergic reaction": Complaint("an allergy", "allergic rxn", "skin", "a known pattern"),
-    "high blood sugar": Complaint("sugar above normal", "BG high", "belly", "a good appetite"),
-    "anxiety": Complaint("an anxious feeling", "anx", "mind", "a known pattern"),
 }
 GROUPS = {  # the red flags that callers of a group of complaints mention, the worst first
     "heart": ["left-arm pressure", "sudden fainting", "coughing up blood", "a racing pulse"],
@@ -84,57 +82,54 @@ GROUPS = {  # the red flags that callers of a group of complaints mention, the w
     "belly": ["sudden fainting", "black tarry stools", "hardly any urine", "burning urine"],
     "skin": ["blue lips", "a swollen tongue", "a stiff neck", "red skin streaks"],
     "limbs": ["a long seizure", "coughing up blood", "red skin streaks", "a racing pulse"],
-    "mind": ["left-arm pressure", "plans of self-harm", "a racing pulse"],
 }
 RED_FLAGS = {
-    "left-arm pressure": RedFlag(4, "a heavy left arm", "L arm sx", ["a heart attack", "MI"]),
-    "a drooping face": RedFlag(4, "a face hanging down", "facial droop", ["a stroke", "CVA"]),
-    "blue lips": RedFlag(4, "lips turning blue", "cyanosis", ["lack of oxygen", "hypoxia"]),
-    "sudden fainting": RedFlag(4, "fainting with cold sweat", "syncope", ["shock", "shock"]),
-    "a long seizure": RedFlag(4, "minutes of seizure", "prolonged sz", ["brain damage", "status"]),
-    "a swollen tongue": RedFlag(4, "a thick tongue", "tongue edema", ["a closing airway", "angio"]),
-    "a stiff neck": RedFlag(3, "a neck that is stiff", "nuchal rig", ["meningitis", "meningitis"]),
-    "black tarry stools": RedFlag(3, "stools like tar", "melena", ["a bleeding ulcer", "GIB"]),
-    "coughing up blood": RedFlag(3, "bloody sputum", "hemoptysis", ["a clot in the lung", "PE"]),
-    "repeated confusion": RedFlag(3, "being confused", "AMS", ["a bleed in the skull", "SDH"]),
-    "hardly any urine": RedFlag(3, "almost no urine", "oliguria", ["dehydration", "dehydration"]),
-    "plans of self-harm": RedFlag(3, "planning self-harm", "SI w plan", ["a risk to life", "risk"]),
-    "burning urine": RedFlag(2, "urine that burns", "dysuria", ["a urinary infection", "UTI"]),
-    "green phlegm": RedFlag(2, "phlegm that is green", "productive", ["pneumonia", "PNA"]),
-    "blurred vision": RedFlag(2, "seeing a blur", "blurry vision", ["eye pressure", "glaucoma"]),
-    "ear pain at night": RedFlag(2, "a painful ear", "otalgia", ["an ear infection", "AOM"]),
-    "red skin streaks": RedFlag(2, "streaks on the skin", "streaking", ["an infection", "infxn"]),
-    "a racing pulse": RedFlag(2, "a pulse that races", "tachy", ["a rhythm problem", "arrhythmia"]),
+    "left-arm pressure": RedFlag("a heavy left arm", "L arm sx", 4, "a heart attack"),
+    "a drooping face": RedFlag("a face hanging down", "facial droop", 4, "a stroke"),
+    "blue lips": RedFlag("lips turning blue", "cyanosis", 4, "lack of oxygen"),
+    "sudden fainting": RedFlag("fainting with cold sweat", "syncope", 4, "shock"),
+    "a long seizure": RedFlag("minutes of seizure", "prolonged sz", 4, "brain damage"),
+    "a swollen tongue": RedFlag("a thick tongue", "tongue edema", 4, "a closing airway"),
+    "a stiff neck": RedFlag("a neck that is stiff", "nuchal rig", 3, "meningitis"),
+    "black tarry stools": RedFlag("stools like tar", "melena", 3, "a bleeding ulcer"),
+    "coughing up blood": RedFlag("bloody sputum", "hemoptysis", 3, "a clot in the lung"),
+    "repeated confusion": RedFlag("being confused", "AMS", 3, "a bleed in the skull"),
+    "hardly any urine": RedFlag("almost no urine", "oliguria", 3, "dehydration"),
+    "burning urine": RedFlag("urine that burns", "dysuria", 2, "a urinary infection"),
+    "green phlegm": RedFlag("phlegm that is green", "productive", 2, "pneumonia"),
+    "blurred vision": RedFlag("seeing a blur", "blurry vision", 2, "eye pressure"),
+    "ear pain at night": RedFlag("a painful ear", "otalgia", 2, "an ear infection"),
+    "red skin streaks": RedFlag("streaks on the skin", "streaking", 2, "a skin infection"),
+    "a racing pulse": RedFlag("a pulse that races", "tachy", 2, "a rhythm problem"),
 }
-PHRASES = {  # the wordings of every fact: the usual one first, the nurse's last
-    "mild": ["mild", "slight", "mild"],
-    "moderate": ["moderate", "medium", "mod"],
-    "severe": ["severe", "very strong", "sev"],
-    "over a week": ["over a week", ">1wk"],
-    "a good appetite": ["a good appetite", "eating and drinking well", "tol PO"],
-    "pain only on pressure": ["pain only on pressure", "a tender spot", "reproducible"],
-    "a known pattern": ["a known pattern", "episodes like it before", "hx of same"],
-    "slow improvement": ["slow improvement", "feeling better since yesterday", "improving"],
-    "older age": ["older age", "elderly"],
-    "very young age": ["very young age", "infant"],
-    "a pregnancy": ["a pregnancy", "expecting a baby", "preg"],
-    "a weak immune system": ["a weak immune system", "chemotherapy", "immunosupp"],
-    "a blood thinner": ["a blood thinner", "warfarin tablets", "on AC"],
+SEVERITIES = {
+    "mild": Words("slight", "mild"),
+    "moderate": Words("medium", "mod"),
+    "severe": Words("very strong", "sev"),
 }
-IMPLIED = {  # what a rationale says instead of a label's name; the nurse's last
-    "home care": ["no visit should be needed for this", "self-care adv"],
-    "see doctor within 3 days": ["an office visit this week is soon enough", "appt this wk"],
-    "see doctor within 24 hours": ["a doctor should look at this by tomorrow", "appt <24h"],
-    "go to ED now": ["emergency care is needed without waiting", "ED"],
-    "call 911": ["an ambulance is needed at once", "EMS"],
+DURATION = {"over a week": Words("weeks", ">1wk")}
+CUES = {
+    "a good appetite": Words("eating and drinking well", "tol PO"),
+    "pain only on pressure": Words("a tender spot", "reproducible"),
+    "a known pattern": Words("episodes like it before", "hx of same"),
+    "slow improvement": Words("feeling better since yesterday", "improving"),
 }
-for name, row in (COMPLAINTS | RED_FLAGS).items():
-    PHRASES[name] = [name, row.other, row.short]
-CUES = ["a good appetite", "pain only on pressure", "a known pattern", "slow improvement"]
-AGES = ["very young age", "older age"]
-MODIFIERS = [*AGES, "a pregnancy", "a weak immune system", "a blood thinner"]
-DISTRACTORS = ["has a dog", "works nights", "plays chess", "moved house", "asks about a flu shot"]
+MODIFIERS = {
+    "a weak immune system": Words("chemotherapy", "immunosupp"),
+    "a blood thinner": Words("warfarin tablets", "on AC"),
+    "diabetes": Words("insulin injections", "DM"),
+    "a recent operation": Words("surgery last month", "post-op"),
+}
+WORDS = COMPLAINTS | RED_FLAGS | SEVERITIES | DURATION | CUES | MODIFIERS
+IMPLIED = {  # what a rationale may say instead of a label's name
+    "home care": Words("no visit should be needed for this", "self-care adv"),
+    "see doctor within 3 days": Words("an office visit this week is soon enough", "appt this wk"),
+    "see doctor within 24 hours": Words("a doctor should look at this by tomorrow", "appt <24h"),
+    "go to ED now": Words("emergency care is needed without waiting", "ED"),
+    "call 911": Words("an ambulance is needed at once", "EMS"),
+}
 DISPOSITIONS = list(IMPLIED)  # tiers 0 to 4
+DISTRACTORS = ["has a dog", "works nights", "plays chess", "moved house", "asks about a flu shot"]
 
 
 @dataclass
@@ -143,17 +138,15 @@ class Call:
 
     complaint: str
     severity: str
-    days: int
+    duration: list[str]  # "over a week" or nothing
     flags: list[str]  # the red flags, the worst first
     denied: list[str]  # at most one red flag
     cues: list[str]  # at most one
     modifiers: list[str]  # at most one
-    ending: float  # of rationales: below a share in NAMED they name the label, else imply it
 
     def facts(self) -> set[str]:
-        facts = {self.complaint, self.severity, *self.flags, *self.cues, *self.modifiers}
-        if self.days > 7:
-            facts.add("over a week")
+        facts = {self.complaint, self.severity}
+        facts.update(self.duration, self.flags, self.cues, self.modifiers)
         for flag in self.denied:
             facts.add(f"no {flag}")
         return facts
@@ -164,7 +157,7 @@ def triage_tier(facts: set[str]) -> int:
 
     1. Severity gives the base (mild 0, moderate 1, severe 2); over a week makes it at least 1.
     2. A red flag raises the tier to its own. Only without one, a reassuring cue lowers it by one.
-    3. A modifier (age, pregnancy, ...) raises it by one, up to the emergency department.
+    3. A modifier (diabetes, ...) raises it by one, up to the emergency department.
     """
     tier = 0
     if "severe" in facts:
@@ -174,16 +167,16 @@ def triage_tier(facts: set[str]) -> int:
     flags = facts & RED_FLAGS.keys()
     for flag in flags:
         tier = max(tier, RED_FLAGS[flag].tier)
-    if tier > 0 and not flags and not facts.isdisjoint(CUES):
+    if tier > 0 and not flags and facts & CUES.keys():
         tier -= 1
-    if tier < 3 and not facts.isdisjoint(MODIFIERS):
+    if tier < 3 and facts & MODIFIERS.keys():
         tier += 1
     return tier
 
 
-def maybe(rng: random.Random, share: float, options: list[str]) -> list[str]:
+def maybe(rng: random.Random, share: float, options: Iterable[str]) -> list[str]:
     """In this share of the calls one of the options, else none."""
-    return [rng.choice(options)] if rng.random() < share else []
+    return [rng.choice(list(options))] if rng.random() < share else []
 
 
 def draw_call(rng: random.Random) -> Call:
@@ -193,16 +186,14 @@ def draw_call(rng: random.Random) -> Call:
     weights = [6 - RED_FLAGS[flag].tier for flag in group]  # the worse, the rarer
     n_flags = rng.choices([0, 1, 2], [48, 40, 12])[0]
     drawn = rng.choices(group, weights, k=n_flags)  # perhaps the same one twice
-    modifiers = MODIFIERS[1:] if complaint == "anxiety" else MODIFIERS  # a baby is not anxious
     return Call(
         complaint=complaint,
-        severity=rng.choices(["mild", "moderate", "severe"], [46, 36, 18])[0],
-        days=rng.randint(2, 7) if rng.random() < 0.75 else rng.randint(8, 20),
+        severity=rng.choices(list(SEVERITIES), [46, 36, 18])[0],
+        duration=maybe(rng, 0.25, DURATION),
         flags=[flag for flag in group if flag in drawn],
-        denied=maybe(rng, 0.15, [flag for flag in group if flag not in drawn]),
+        denied=maybe(rng, 0.1, [flag for flag in group if flag not in drawn]),
         cues=maybe(rng, 0.3, [COMPLAINTS[complaint].cue]),
-        modifiers=maybe(rng, 0.3, modifiers),
-        ending=rng.random(),
+        modifiers=maybe(rng, 0.3, MODIFIERS),
     )
 
 
@@ -214,78 +205,70 @@ def write_note(call: Call, rng: random.Random) -> str:
     """Who, what and for how long; then the other facts in any order."""
 
     def say(fact: str) -> str:
-        return rng.choice(PHRASES[fact][:-1])
+        return rng.choice([fact, WORDS[fact].other])
 
-    who = f"{rng.choice(['a woman', 'a man'])} of {rng.randint(18, 74)} years"
-    if "older age" in call.modifiers:
-        who = f"{rng.choice(['a woman', 'a man'])} of {rng.randint(75, 99)} years"
-    elif "a pregnancy" in call.modifiers:
-        who = f"a woman of {rng.randint(18, 44)} years"
-    elif "very young age" in call.modifiers:
-        who = f"a baby of {rng.randint(2, 11)} months"
-    what = f"{say(call.complaint)} for {call.days} days"
+    who = f"{rng.choice(['a woman', 'a man'])} of {rng.randint(18, 94)} years"
+    unit = "weeks" if call.duration else "days"
+    what = f"{say(call.complaint)} for {rng.randint(2, 6)} {unit}"
     opening = rng.choice([f"{who} with {what}", f"{who} has had {what}", f"{what} in {who}"])
     rest = [f"{rng.choice(['it is', 'caller calls it'])} {say(call.severity)}"]
     rest += maybe(rng, 0.5, DISTRACTORS)
     for fact in call.flags + call.cues + call.modifiers:
         rest.append(f"{rng.choice(['reports', 'describes', 'mentions'])} {say(fact)}")
     for flag in call.denied:
-        rest.append(f"{rng.choice(['denies', 'is free of'])} {say(flag)}")
+        rest.append(f"denies {say(flag)}")
     rng.shuffle(rest)
     return sentences([opening, *rest])
 
 
-# ---- The simulated nurse line: a rationale for a call and a tier, in three voices. If the tier is
-# not the rule's, the nurse had reasons that no note holds, and the rationale says so.
-def llm_rationale(call: Call, tier: int, named: bool) -> str:
-    """Sentences with a reason for each step of the rule."""
+# ---- The simulated nurse line: why a call has its tier, in three voices.
+def llm_steps(call: Call) -> list[str]:
+    """A reason for each step of the rule."""
     if call.flags:
-        steps = [f"{call.flags[0]} can mean {RED_FLAGS[call.flags[0]].reasons[0]}"]
+        steps = [f"{call.flags[0]} can mean {RED_FLAGS[call.flags[0]].reason}"]
     else:
-        long = " for over a week" if call.days > 7 else ""
-        steps = [f"{call.complaint} is {call.severity}{long}"]
-        steps += [f"the caller denies {flag}" for flag in call.denied]
+        steps = [f"{call.complaint} is {call.severity}"]
+        steps += [f"it has lasted {fact}" for fact in call.duration]
         steps += [f"{cue} is reassuring" for cue in call.cues]
-    steps += [f"{modifier} raises the risk" for modifier in call.modifiers]
-    return sentences(steps + closing(call, tier, named, 0))
+    steps += [f"the caller denies {flag}" for flag in call.denied]
+    return steps + [f"{modifier} raises the risk" for modifier in call.modifiers]
 
 
-def nurse_rationale(call: Call, tier: int, named: bool, wording: int = -1) -> str:
+def post_steps(call: Call) -> list[str]:
+    """The nurse's, post-processed: in the usual words."""
+    steps = [call.complaint, call.severity, *call.duration]
+    steps += [f"denies {flag}" for flag in call.denied]
+    return steps + (call.flags[:1] or call.cues) + call.modifiers
+
+
+def nurse_steps(call: Call) -> list[str]:
     """The facts alone, in the nurse's abbreviations."""
-    steps = [f"{PHRASES[call.complaint][wording]}, {PHRASES[call.severity][wording]}"]
-    if call.days > 7:
-        steps[0] += f", {PHRASES['over a week'][wording]}"
-    if call.flags:
-        steps[0] += f", suspect {RED_FLAGS[call.flags[0]].reasons[wording]}"
-    steps += [f"denies {PHRASES[flag][wording]}" for flag in call.denied]
-    reasons = call.flags[:1] or call.cues
-    steps += [PHRASES[fact][wording] for fact in reasons + call.modifiers]
-    return sentences(steps + closing(call, tier, named, wording))
-
-
-def post_rationale(call: Call, tier: int, named: bool) -> str:
-    """The nurse's rationale, post-processed: in the usual words."""
-    return nurse_rationale(call, tier, named, wording=0)
-
-
-def closing(call: Call, tier: int, named: bool, wording: int) -> list[str]:
-    """Any override of the rule; then the label, named or implied."""
-    label = DISPOSITIONS[tier]
-    steps = [label if named else IMPLIED[label][wording]]
-    rule = triage_tier(call.facts())
-    if tier != rule:
-        steps.insert(0, f"one level {'up' if tier > rule else 'down'} on judgement")
+    steps = []
+    for step in post_steps(call):
+        fact = step.removeprefix("denies ")
+        steps.append(step.replace(fact, WORDS[fact].short))
     return steps
 
 
-VOICES = {"llm": llm_rationale, "nurse": nurse_rationale, "post": post_rationale}
-NAMED = {"llm": 0.75, "nurse": 0.4, "post": 0.4}  # share of rationales that name their label
+VOICES = {"llm": llm_steps, "nurse": nurse_steps, "post": post_steps}
+NAMED = 0.75  # share of the rationales that name their label; the others imply it
 
 
-def explain(call: Call, note: str, tier: int, voice: str, ending: float) -> Example:
-    """The note as an example, with a rationale for this tier."""
-    rationale = VOICES[voice](call, tier, named=ending < NAMED[voice])
-    return Example(note, DISPOSITIONS[tier], rationale)
+def explain(call: Call, note: str, tier: int, voice: str, named: bool) -> Example:
+    """The note with this tier's label, and a rationale for it.
+
+    If the tier is not the rule's, the nurse had reasons that no note holds; the rationale says so.
+    """
+    label = DISPOSITIONS[tier]
+    steps = VOICES[voice](call)
+    rule = triage_tier(call.facts())
+    if tier != rule:
+        steps.append(f"one level {'up' if tier > rule else 'down'} on judgement")
+    if named:
+        steps.append(label)
+    else:
+        steps.append(IMPLIED[label].short if voice == "nurse" else IMPLIED[label].other)
+    return Example(note, label, sentences(steps))
 
 
 def simulate(
@@ -305,22 +288,21 @@ def simulate(
             rule = triage_tier(call.facts())
             neighbour = rng.choice([tier for tier in (rule - 1, rule + 1) if 0 <= tier <= 4])
             tier = neighbour if rng.random() < override else rule  # drawn or not: same notes
-            example = explain(call, note, tier, voice, call.ending)
-            getattr(data, split).append(example)
-            if split == "test":  # the reference explainer always takes the likelier ending
-                data.ceiling.append(explain(call, note, rule, voice, 0.5))
-                data.ceiling_gold.append(explain(call, note, tier, voice, 0.5))
+            named = rng.random() < NAMED
+            getattr(data, split).append(explain(call, note, tier, voice, named))
+            if split == "test":  # the reference explainer takes the likelier ending, the name
+                data.ceiling.append(explain(call, note, rule, voice, named=True))
+                data.ceiling_gold.append(explain(call, note, tier, voice, named=True))
             else:
-                if stage1_voice != voice:
-                    example = explain(call, note, tier, stage1_voice, call.ending)
+                example = explain(call, note, tier, stage1_voice, named)
                 getattr(data, f"stage1_{split}").append(example)
     return data
 
 
 # ---- The simulated nurse line: reading facts back, for checking a rationale.
 FACT_OF = {}  # wording in lower case, without its article: fact or label
-for name, wordings in (PHRASES | IMPLIED).items():
-    for wording in [name, *wordings]:
+for name, words in (WORDS | IMPLIED).items():
+    for wording in [name, words.other, words.short]:
         FACT_OF[re.sub("^(a|an) ", "", wording.lower())] = name
 ANY_FACT = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, FACT_OF))})(?!\w)")
 
@@ -328,15 +310,12 @@ ANY_FACT = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, FACT_OF))})(?!\w)")
 def read_facts(text: str) -> set[str]:
     """The facts and dispositions that a text states; "no ..." for what its sentence denies."""
     facts = set()
-    for sentence in re.split("[.;]", text.lower()):
-        stated, *denied = re.split("denies|free of", sentence, maxsplit=1)
+    for sentence in text.lower().split("."):
+        stated, _, denied = sentence.partition("denies")
         for wording in ANY_FACT.findall(stated):
             facts.add(FACT_OF[wording])
-        for wording in ANY_FACT.findall("".join(denied)):
+        for wording in ANY_FACT.findall(denied):
             facts.add(f"no {FACT_OF[wording]}")
-        for number in re.findall(r"for (\d{1,4}) days", sentence):
-            if int(number) > 7:
-                facts.add("over a week")
     return facts
 
 
@@ -371,7 +350,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a missing or damaged file raises a dozen types
-        problem = f"{type(error).__name__}: {str(error)[:100]}"
+        problem = f"{type(error).__name__}: {str(error)[:300]}"
         raise InputError(f"{path}: {problem}; mend it or give another path") from None
 
 

@@ -19,10 +19,10 @@ class ModelConfig:
     """The shape of a model. The defaults train in minutes on two CPU cores."""
 
     vocab_size: int  # V
-    d_model: int = 128  # D
-    n_heads: int = 4  # H
-    d_kv: int = 32  # K
-    d_ff: int = 512  # inner width of feed-forward
+    d_model: int = 96  # D
+    n_heads: int = 6  # H
+    d_kv: int = 16  # K
+    d_ff: int = 384  # inner width of feed-forward
     n_encoder_layers: int = 2
     n_decoder_layers: int = 2
     dropout: float = 0.0

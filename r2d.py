@@ -15,7 +15,6 @@ import math
 import os
 import random
 import sys
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,6 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Adam
 from tqdm import tqdm
 
 import data
@@ -34,7 +32,7 @@ from model import ModelConfig, Transformer, load_t5
 # torchrun starts WORLD processes, each with a RANK; rank 0 alone validates, tests and writes.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-DECODE_BATCH = 64  # prompts decoded, or scored without gradients, together
+DECODE_BATCH = 128  # prompts decoded, or scored without gradients, together
 
 
 @dataclass
@@ -64,8 +62,8 @@ def decode(run: Run, prompts: list[str], max_new_tokens: int) -> list[str]:
     for start in range(0, len(prompts), DECODE_BATCH):
         batch = prompts[start : start + DECODE_BATCH]
         input_ids = run.tokenizer.encode(batch, run.options.max_source).to(run.device)
-        for ids in run.model.generate(input_ids, max_new_tokens).tolist():
-            texts.append(run.tokenizer.decode(ids))
+        rows = run.model.generate(input_ids, max_new_tokens).tolist()
+        texts += map(run.tokenizer.decode, rows)
     return texts
 
 
@@ -83,8 +81,7 @@ def target_nats(run: Run, prompts: list[str], targets: list[str]) -> tuple[Tenso
 
 
 def token_loss(run: Run, prompts: list[str], targets: list[str]) -> Tensor:
-    """The mean over all target tokens, under torchrun over those of all processes: then their
-    losses, and their gradients, add up to those of the batch."""
+    """The mean over the target tokens of all processes: so losses and gradients add up."""
     nats, tokens = target_nats(run, prompts, targets)
     n_tokens = tokens.sum()
     if WORLD > 1:
@@ -173,10 +170,7 @@ def mix_labels(run: Run, batch: list[Example], coins: list[bool]) -> tuple[list[
 def stage2_loss(
     run: Run, batch: list[Example], coins: list[bool], alpha: float
 ) -> tuple[Tensor, dict]:
-    """L = alpha * L_predict + (1 - alpha) * L_explain; returns it and what the log says of it.
-
-    The target is the gold rationale, whichever label is in the prompt.
-    """
+    """L = alpha * L_predict + (1 - alpha) * L_explain, of the gold rationale, and its log."""
     questions, gold, rationales = columns(batch)
     labels, log = mix_labels(run, batch, coins)
     loss_predict = token_loss(run, with_prefix("predict:", questions), gold)
@@ -190,14 +184,37 @@ def stage2_loss(
 
 
 # ---- Training: one loop for both stages and all methods -----------------------------------------
-def make_optimizer(model: Transformer) -> Adam:
-    """Adam, each rate relative to the size (RMS) of its weights when the stage begins: in T5 they
-    differ a hundredfold. T5's own optimiser does so, too (Adafactor, arXiv 1804.04235)."""
-    groups = []
-    for weight in model.parameters():
-        size = weight.detach().square().mean().sqrt().item()
-        groups.append({"params": [weight], "size": max(size, 1e-3)})
-    return Adam(groups)
+def orthogonal(matrix: Tensor) -> Tensor:
+    """The matrix with its singular values moved close to 1 (Newton-Schulz; the numbers: Muon)."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = wide / wide.norm().clamp(min=1e-30)
+    for _ in range(3):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x if wide is matrix else x.T
+
+
+@torch.no_grad()
+def optimize(model: Transformer, state: dict[str, tuple], lr: float) -> None:
+    """A step of Muon (Jordan et al. 2024) for matrices, of Adam (arXiv 1412.6980) for the rest.
+
+    Muon makes the mean gradient orthogonal: what is rare is learned as fast as what is frequent.
+    Rates are relative to the size (RMS) of a weight when the stage begins: in T5 sizes differ a
+    hundredfold, and its own optimiser does so, too (Adafactor, arXiv 1804.04235).
+    """
+    for name, weight in model.named_parameters():
+        if name not in state:
+            least = 3.0 if "bias" in name else 1e-3  # position biases are logits and begin near 0
+            size = weight.square().mean().sqrt().clamp(min=least)
+            state[name] = (size, torch.zeros_like(weight), torch.zeros_like(weight))
+        size, mean, square = state[name]
+        mean.lerp_(weight.grad, 0.2)  # 0.8 of the mean and 0.2 of the gradient
+        if weight.ndim == 2 and name.startswith(("encoder.", "decoder.")):
+            direction = orthogonal(mean) * max(weight.shape) ** 0.5  # its RMS is then 1
+        else:
+            square.lerp_(weight.grad.square(), 0.05)  # no bias correction: there is a warm-up
+            direction = mean / (square.sqrt() + 1e-8)
+        weight -= lr * size * direction
 
 
 def lr_at(step: int, steps: int, lr: float) -> float:
@@ -232,39 +249,37 @@ def rationale_nats(run: Run, prompts: list[str], rationales: list[str]) -> tuple
 def validate(run: Run, stage: int) -> dict[str, float]:
     """Scores on the validation split: rank 0 computes them, all processes get them."""
     run.model.eval()
-    scores = {}
+    scores = [{}]  # a list, for broadcast to fill
     if RANK == 0 and stage == 1:
         questions, _, rationales = columns(run.dataset.stage1_val)
         nats, tokens = rationale_nats(run, with_prefix("explain:", questions), rationales)
-        scores["val_loss"] = sum(nats) / max(sum(tokens), 1)
+        scores[0]["val_loss"] = sum(nats) / max(sum(tokens), 1)
     elif RANK == 0:
         questions, gold, _ = columns(run.dataset.val)
         predicted = predict_labels(run, questions)
-        scores["val_macro_f1"] = metrics.macro_f1(gold, predicted, run.dataset.labels)
+        scores[0]["val_macro_f1"] = metrics.macro_f1(gold, predicted, run.dataset.labels)
     run.model.train()
-    box = [scores]  # which broadcast fills in place
     if WORLD > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
+        dist.broadcast_object_list(scores)
+    return scores[0]
 
 
 def train(run: Run, stage: int) -> None:
     """One stage: from the last save, or the weights in the model, to its best checkpoint.
 
-    Best means the lowest validation loss in stage 1, the highest macro-F1 in stage 2. There,
-    whatever the method, choice and early stopping wait for the end of the ramp, or for 65 %: the
-    authors' code may choose weights that never saw a predicted label.
+    Best: the lowest validation loss in stage 1, the highest macro-F1 in stage 2, from the end of
+    the ramp on, or 65 %. The authors' code may choose weights that never saw a predicted label.
     """
     o = run.options
     examples, steps, patience, select_from = run.dataset.stage1_train, o.stage1_steps, 3, 0
     if stage == 2:
         examples, steps, patience = run.dataset.train, o.stage2_steps, 5
         select_from = steps * min(1, max(0.65, o.warmup + o.ramp))
-    optimizer = make_optimizer(run.model)
-    progress = SimpleNamespace(stage=stage, step=0, log=[], best_score=-math.inf, best_weights={})
+    progress = SimpleNamespace(stage=stage, step=0, log=[], optimizer={})
+    progress.best_score, progress.best_weights = -math.inf, {}
     progress.bad_evals = 0  # validations in a row without a better score
     if (o.out / "last.pt").exists():
-        load(run, progress, optimizer)
+        load(run, progress)
     lengths = [len(example.question) for example in examples]
     batches = []  # of all updates
     while len(batches) < steps:
@@ -295,9 +310,7 @@ def train(run: Run, stage: int) -> None:
         if not math.isfinite(grad_norm):
             raise InputError(f"update {step}: the gradients are infinite; lower --lr")
         lr = lr_at(step, steps, o.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["size"]
-        optimizer.step()
+        optimize(run.model, progress.optimizer, lr)
         progress.step = step + 1
         line = {"stage": stage, "step": step, **schedule, **log, "lr": lr, "grad_norm": grad_norm}
         progress.log.append(line)
@@ -311,7 +324,7 @@ def train(run: Run, stage: int) -> None:
             elif progress.step >= select_from:
                 progress.bad_evals += 1
             if RANK == 0:
-                save(run, progress, optimizer)
+                save(run, progress)
     run.model.load_state_dict(progress.best_weights)
     if RANK == 0:
         checkpoint = {"config": asdict(run.model.config), "weights": progress.best_weights}
@@ -324,7 +337,7 @@ def test_rows(run: Run) -> list[dict]:
     questions, _, rationales = columns(run.dataset.test)
     predicted = predict_labels(run, questions)
     conditions = {"r2d": ["gold", "predicted", "flipped"], "dss": ["predicted"], "sft": []}
-    majority = Counter(columns(run.dataset.train)[1]).most_common(1)[0][0]
+    majority = max(run.dataset.labels, key=columns(run.dataset.train)[1].count)
     rng = random.Random(run.options.seed)
     rows = []
     for i, example in enumerate(run.dataset.test):
@@ -352,9 +365,8 @@ def test_rows(run: Run) -> list[dict]:
 
 def add_verdicts(run: Run, rows: list[dict]) -> None:
     """Which label each rationale argues for: by the checker on triage, elsewhere by the reader."""
-    explained = [example for example in run.dataset.train if example.rationale]
-    texts = [example.rationale for example in explained]
-    reader = metrics.Reader(texts, [example.label for example in explained], run.dataset.labels)
+    _, gold, rationales = columns(run.dataset.train)
+    reader = metrics.Reader(rationales, gold, run.dataset.labels)
     for row in rows:
         row["reader_label"] = reader(row["rationale"])
         for condition in metrics.CONDITIONS:
@@ -377,24 +389,21 @@ def evaluate(run: Run) -> None:
     write_file(o.out / "predictions.jsonl", "".join(lines).encode())
     write_file(o.out / "metrics.json", json.dumps(result, indent=2).encode())
     print("\n" + metrics.table(result))
-    right = [row for row in rows if row["predicted_label"] == row["label"]]
-    wrong = [row for row in rows if row["predicted_label"] != row["label"]]
-    for row in right[:2] + wrong[:1]:
+    for row in rows[:3]:
         print(f"\nnote       {row['question']}\ngold       {row['label']}: {row['rationale']}")
         print(f"model      {row['predicted_label']}: {row.get('rationale_given_predicted', '-')}")
 
 
 # ---- The files of a run -------------------------------------------------------------------------
-def save(run: Run, progress: SimpleNamespace, optimizer: Adam) -> None:
+def save(run: Run, progress: SimpleNamespace) -> None:
     """The log so far, in log.jsonl; then all that `load` needs, in last.pt."""
     lines = [json.dumps(line) + "\n" for line in progress.log]
     write_file(run.options.out / "log.jsonl", "".join(lines).encode())
-    state = {"progress": vars(progress), "optimizer": optimizer.state_dict()}
-    state["weights"] = run.model.state_dict()
+    state = {"progress": vars(progress), "weights": run.model.state_dict()}
     data.write_checkpoint(run.options.out / "last.pt", state)
 
 
-def load(run: Run, progress: SimpleNamespace, optimizer: Adam) -> None:
+def load(run: Run, progress: SimpleNamespace) -> None:
     """Put the last save back in place; of a save of stage 1, stage 2 takes the log alone."""
     path = run.options.out / "last.pt"
     with reading(path):
@@ -402,7 +411,6 @@ def load(run: Run, progress: SimpleNamespace, optimizer: Adam) -> None:
         progress.log = state["progress"]["log"]
         if state["progress"]["stage"] == progress.stage:
             vars(progress).update(state["progress"])
-            optimizer.load_state_dict(state["optimizer"])
             run.model.load_state_dict(state["weights"])
 
 
@@ -439,16 +447,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-source", type=int, default=256, help="tokens of a prompt at most")
     add("--max-target", type=int, default=128, help="tokens of a rationale at most")
     add("--vocab-size", type=int, default=1536, help="pieces of the tokenizer")
-    add = parser.add_argument_group("model, without --init").add_argument
-    add("--width", type=int, default=128, help="of the model")
+    add = parser.add_argument_group("model and training").add_argument
+    add("--init", help="folder of a T5 or Flan-T5 checkpoint to start from; else:")
+    add("--width", type=int, default=96, help="of the model")
     add("--layers", type=int, default=2, help="of the encoder, and of the decoder")
-    add("--heads", type=int, default=4, help="attention heads")
-    add = parser.add_argument_group("training").add_argument
-    add("--init", help="folder of a T5 or Flan-T5 checkpoint to start from")
-    add("--stage1-steps", type=int, default=150, help="updates in stage 1")
-    add("--stage2-steps", type=int, default=700, help="updates in stage 2")
-    add("--batch-size", type=int, default=32, help="examples per update")
-    add("--lr", type=float, default=0.02, help="peak, relative to weights; 0.001 for --init")
+    add("--heads", type=int, default=6, help="attention heads")
+    add("--stage1-steps", type=int, default=30, help="updates in stage 1")
+    add("--stage2-steps", type=int, default=290, help="updates in stage 2")
+    add("--batch-size", type=int, default=24, help="examples per update")
+    add("--lr", type=float, default=0.04, help="peak, relative to weights; 0.001 for --init")
     add("--eval-every", type=int, default=100, help="updates between two validations")
     add("--dropout", type=float, default=0.0, help="dropout rate")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matrix products")
@@ -474,17 +481,16 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         for name, value in saved.items():
             if getattr(o, name) != value:
                 parser.error(f"{name}: the run in {o.out} has {value}; change --out")
-    least = {"seed": 0, "max_target": 2, "max_source": 32, "vocab_size": 400}  # else 1
+    limits = {"seed": (0, 10**6), "max_source": (32, 4096), "max_target": (2, 4096)}
+    limits["vocab_size"] = (400, 10**5)
     for name, value in vars(o).items():
-        if type(value) is int and not least.get(name, 1) <= value <= 10**9:
-            parser.error(f"{name} {value}: must be between {least.get(name, 1)} and a billion")
-        if type(value) is float and not 0 <= value <= 1:
-            parser.error(f"{name} {value}: must be between 0 and 1")
+        low, high = limits.get(name, (0, 1) if type(value) is float else (1, 10**6))
+        if type(value) in (int, float) and not low <= value <= high:
+            parser.error(f"{name} {value}: must be between {low} and {high}")
     if o.stage == 1 and (o.method != "r2d" or o.no_stage1 or o.eval):
         parser.error("--stage 1: is training, of --method r2d alone, without --no-stage1")
-    utf8 = (o.ask or "").encode(errors="ignore").decode()
-    if o.ask is not None and (utf8 != o.ask or not utf8.strip()):
-        parser.error("--ask: the text is empty or not UTF-8")
+    if o.ask is not None and not o.ask.strip():
+        parser.error("--ask: the text is empty")
     return o
 
 
@@ -501,24 +507,19 @@ def setup(o: argparse.Namespace) -> Run:
     questions, _, rationales = columns(dataset.train + dataset.stage1_train)
     if not any(rationales) and o.method != "sft":
         raise InputError(f"{o.data}: train has no rationales; use --method sft")
-    if WORLD > min(len(dataset.train), o.batch_size):
-        raise InputError(f"{WORLD} processes: more than a batch has examples")
     torch.manual_seed(o.seed)
     if o.init:
         tokenizer = Tokenizer.load(Path(o.init) / "spiece.model")
-        try:
+        with reading(Path(o.init)):
             model = load_t5(Path(o.init), o.dropout)
-        except ValueError as e:
-            raise InputError(str(e)) from None
     else:
         if (o.out / "tokenizer.model").exists():
             tokenizer = Tokenizer.load(o.out / "tokenizer.model")
         else:
             prefixes = [f"predict: given label: {label}, explain:" for label in dataset.labels]
             tokenizer = Tokenizer.train([*prefixes, *questions, *rationales], o.vocab_size)
-        d_kv = math.ceil(o.width / o.heads)
-        shape = (o.width, o.heads, d_kv, 4 * o.width, o.layers, o.layers, o.dropout)
-        model = Transformer(ModelConfig(len(tokenizer), *shape))
+        shape = (o.width, o.heads, math.ceil(o.width / o.heads), 4 * o.width, o.layers, o.layers)
+        model = Transformer(ModelConfig(len(tokenizer), *shape, o.dropout))
     label_tokens = tokenizer.longest(dataset.labels, min(o.max_target, o.max_source // 2))
     return Run(o, dataset, tokenizer, model.to(device), device, label_tokens)
 
@@ -526,11 +527,11 @@ def setup(o: argparse.Namespace) -> Run:
 def write_config(run: Run) -> None:
     """Say what is trained on what; write config.json and tokenizer.model."""
     o = run.options
-    for split in ["train", "val", "test"]:
-        questions, labels, _ = columns(getattr(run.dataset, split))
-        ids = run.tokenizer.encode(explain_prompts(run, labels, questions), o.max_source)
-        full = int(ids[:, o.max_source - 1 :].count_nonzero())  # whose last place is filled
-        print(f"{o.data}: {len(ids)} {split} examples; {full} fill --max-source {o.max_source}")
+    questions, labels, _ = columns(run.dataset.test)
+    ids = run.tokenizer.encode(explain_prompts(run, labels, questions), o.max_source)
+    full = int(ids[:, o.max_source - 1 :].count_nonzero())  # whose last place is filled
+    sizes = f"{len(run.dataset.train)} train, {len(run.dataset.val)} val, {len(ids)} test examples"
+    print(f"{o.data}: {sizes}; {full} of test fill --max-source {o.max_source}")
     config = {**vars(o), "labels": run.dataset.labels, "model": asdict(run.model.config)}
     config["data_sha256"] = hashlib.sha256(repr(run.dataset).encode()).hexdigest()
     if getattr(o, "data_sha256", config["data_sha256"]) != config["data_sha256"]:
@@ -545,7 +546,7 @@ def write_config(run: Run) -> None:
 def run_command(o: argparse.Namespace) -> None:
     """Answer --ask, evaluate, or train and evaluate what is not done yet."""
     last_file = o.out / ("stage1.pt" if o.stage == 1 else "metrics.json")
-    if last_file.exists() and o.ask is None and not o.eval:
+    if last_file.exists() and (o.out / "last.pt").exists() and o.ask is None and not o.eval:
         print(f"{last_file}: this run is finished; for a new one give another --out")
         return
     run = setup(o)
@@ -582,7 +583,7 @@ def main(arguments: list[str] | None = None) -> int:
             dist.init_process_group()
         run_command(parse_args(arguments))
         return 0
-    except (InputError, OSError) as e:
+    except (InputError, OSError, UnicodeError) as e:  # of text that the screen cannot show, too
         print(f"r2d.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -591,8 +592,7 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as e:
         if WORLD == 1:
             raise
-        problem = f"a process was lost ({str(e)[:60]!r}); the same command goes on"
-        print(f"r2d.py: {problem}", file=sys.stderr)
+        print(f"r2d.py: lost a process ({str(e)[:50]}); the same command goes on", file=sys.stderr)
         return 1
 
 

@@ -105,7 +105,7 @@ class Peer:
         self.optimizer.step()
 
 
-def our_step(run: r2d.Run, batch: list[Example], stage: int, p: float, optimizer) -> None:
+def our_step(run: r2d.Run, batch: list[Example], stage: int, p: float, state: dict) -> None:
     coins = r2d.flip_coins(len(batch), p, torch.Generator().manual_seed(0))
     if stage == 1:
         loss, _ = r2d.stage1_loss(run, batch)
@@ -114,9 +114,7 @@ def our_step(run: r2d.Run, batch: list[Example], stage: int, p: float, optimizer
     run.model.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-5 * group["size"]  # the weights hardly move
-    optimizer.step()
+    r2d.optimize(run.model, state, 1e-5)  # the weights hardly move
 
 
 def in_turn(tries: int, *works) -> list[float]:
@@ -135,10 +133,10 @@ def memory_run(who: str, size: str, out: str) -> None:
     run = our_run(size, 0, out)
     run.model.train()
     peer = Peer(run, 0.0) if who == "peer" else None
-    optimizer = r2d.make_optimizer(run.model)
+    state = {}
     for i in range(0, 320, 32):
         batch = run.dataset.train[i : i + 32]
-        peer.step(batch, 2, 0.9) if peer else our_step(run, batch, 2, 0.9, optimizer)
+        peer.step(batch, 2, 0.9) if peer else our_step(run, batch, 2, 0.9, state)
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
 
@@ -156,7 +154,7 @@ def show(rows: dict, name: str, unit: str, *times: float, faster: bool = False) 
 
 def compare_steps(run: r2d.Run, tries: int, rows: dict) -> None:
     peer, without = Peer(run, 0.1), Peer(run, 0.0)
-    optimizer = r2d.make_optimizer(run.model)
+    state = {}
     run.model.train()
     train = run.dataset.train
     order = batch_order([len(example.question) for example in train], 32, 0, 0)
@@ -165,13 +163,13 @@ def compare_steps(run: r2d.Run, tries: int, rows: dict) -> None:
     for stage, p in [(1, 0.0), (2, 0.0), (2, 0.5), (2, 0.9)]:
         seconds = in_turn(
             tries,
-            lambda i, stage=stage, p=p: our_step(run, ours[i], stage, p, optimizer),
+            lambda i, stage=stage, p=p: our_step(run, ours[i], stage, p, state),
             lambda i, stage=stage, p=p: peer.step(plain[i], stage, p),
             lambda i, stage=stage, p=p: without.step(plain[i], stage, p),
         )
         show(rows, f"stage {stage}, P(predicted) {p}", "ms", *[1000 * s for s in seconds])
     with FlopCounterMode(display=False) as counter:
-        our_step(run, ours[0], 1, 0.0, optimizer)
+        our_step(run, ours[0], 1, 0.0, state)
     a, b = torch.randn(2, 1024, 1024)
     (product,) = in_turn(tries, lambda i: a @ b)
     rate = counter.get_total_flops() / rows["stage 1, P(predicted) 0.0"]["ours"] / 1e6

@@ -15,7 +15,7 @@ import torch
 
 import data
 import metrics
-from data import COMPLAINTS, DISPOSITIONS, GROUPS, PHRASES, RED_FLAGS, Call, Example, read_facts
+from data import COMPLAINTS, DISPOSITIONS, GROUPS, RED_FLAGS, WORDS, Call, Example, read_facts
 
 VOICES = ["llm", "nurse", "post"]
 in_each_voice = pytest.mark.parametrize("voice", VOICES)
@@ -40,29 +40,29 @@ def test_tables_fit_together():
         tiers = [RED_FLAGS[flag].tier for flag in flags]
         assert len(flags) >= 3 and tiers == sorted(tiers, reverse=True)
     assert set().union(*GROUPS.values()) == set(RED_FLAGS)
-    for text in [*data.DISTRACTORS, *(". ".join(flag.reasons) for flag in RED_FLAGS.values())]:
+    for text in [*data.DISTRACTORS, *(flag.reason for flag in RED_FLAGS.values())]:
         assert read_facts(text) == set(), text  # else it would be a fact that nobody stated
 
 
 @pytest.mark.parametrize("frame", ["Reports {}.", "A man with {} and a dog; it rains.", "{}"])
 def test_every_wording_is_read_back_as_its_fact(frame):
     """Catches a wording of two facts, one that holds another, a denial that goes too far."""
-    for fact, wordings in PHRASES.items():
-        for wording in [*wordings, wordings[0].upper()]:
+    for fact, words in WORDS.items():
+        for wording in [fact, words.other, words.short, fact.upper()]:
             assert read_facts(frame.format(wording)) == {fact}, wording
-            denied = f"Medium, denies {wording}. Is free of {wording}. Blue lips."
+            denied = f"Medium, denies {wording}. Blue lips."
             assert read_facts(denied) == {"moderate", f"no {fact}", "blue lips"}
 
 
 def test_short_texts_are_read():
-    """Catches a limit off by one, words found inside words, a label where none or two are named."""
-    assert read_facts("for 7 days, coughing whether rashly; for 8 days") == {"over a week"}
+    """Catches words found inside words, a label where none or two are named."""
+    assert read_facts("for 7 days, coughing whether rashly, for 2 weeks") == {"over a week"}
     for text in ("", "Go home, careful.", "Blue lips. Severe.", "Home care. Call 911."):
         assert data.argues_for(text) is None
     assert data.argues_for("CALL 911.") == data.argues_for("Blue lips. EMS.") == "call 911"
 
 
-PLAIN = Call("a cough", "mild", 7, [], [], [], [], 0.5)
+PLAIN = Call("a cough", "mild", [], [], [], [], [])
 BLUE, BLOOD, EAR, CUE = "blue lips", "coughing up blood", "ear pain at night", "a good appetite"
 
 
@@ -71,16 +71,17 @@ BLUE, BLOOD, EAR, CUE = "blue lips", "coughing up blood", "ear pain at night", "
     [
         ({}, 0),
         ({"severity": "severe"}, 2),
-        ({"days": 8}, 1),  # over a week makes it at least 1
+        ({"duration": ["over a week"]}, 1),  # makes it at least 1
+        ({"duration": ["over a week"], "severity": "severe"}, 2),
         ({"flags": [BLUE, EAR], "severity": "severe"}, 4),
         ({"denied": [BLUE]}, 0),  # what is denied does not count
         ({"cues": [CUE], "severity": "severe"}, 1),
         ({"cues": [CUE], "flags": [EAR]}, 2),  # no help against a red flag
-        ({"modifiers": ["older age"]}, 1),
-        ({"modifiers": ["a pregnancy"], "severity": "severe"}, 3),
-        ({"modifiers": ["older age", "a blood thinner"]}, 1),  # raised once
-        ({"modifiers": ["older age"], "flags": [BLOOD]}, 3),  # not past the emergency department
-        ({"modifiers": ["older age"], "flags": [BLUE]}, 4),
+        ({"modifiers": ["diabetes"]}, 1),
+        ({"modifiers": ["a recent operation"], "severity": "severe"}, 3),
+        ({"modifiers": ["diabetes", "a blood thinner"]}, 1),  # raised once
+        ({"modifiers": ["diabetes"], "flags": [BLOOD]}, 3),  # not past the emergency department
+        ({"modifiers": ["diabetes"], "flags": [BLUE]}, 4),
     ],
 )
 def test_the_rule(changes, tier):
@@ -96,16 +97,16 @@ def test_calls_keep_their_probabilities():
         counts.update([call.severity, f"{len(call.denied)} denied", f"{len(call.cues)} cues"])
         counts.update(call.flags + call.modifiers)
         counts["no flag"] += not call.flags
-        counts["long"] += call.days > 7
-    shares = {"mild": 0.46, "severe": 0.18, "long": 0.25, "no flag": 0.48, "1 denied": 0.15}
-    shares |= {"1 cues": 0.3, "a pregnancy": 0.06 * 21 / 22 + 0.075 / 22}
+        counts["long"] += call.duration != []
+    shares = {"mild": 0.46, "severe": 0.18, "long": 0.25, "no flag": 0.48, "1 denied": 0.1}
+    shares |= {"1 cues": 0.3, "diabetes": 0.3 / 4}
     for name, p in shares.items():
         assert counts[name] / 20_000 == pytest.approx(p, abs=5 * (p * (1 - p) / 20_000) ** 0.5)
     assert 1.1 < counts["burning urine"] / counts["black tarry stools"] < 1.6  # worse, rarer
 
 
 def test_calls_are_consistent_and_notes_state_their_facts():
-    """Catches flags of another complaint, impossible people, facts lost or invented in words."""
+    """Catches flags of another complaint, facts lost or invented in words."""
     rng, wordings, distracted = random.Random(1), Counter(), 0
     for _ in range(5000):
         call = data.draw_call(rng)
@@ -115,16 +116,11 @@ def test_calls_are_consistent_and_notes_state_their_facts():
         assert call.cues in ([], [COMPLAINTS[call.complaint].cue])
         note = data.write_note(call, rng)
         assert read_facts(note) == call.facts(), note
-        sex, age, unit = re.search(r"a (\w+) of (\d+) (\w+)", note.lower()).groups()
-        assert (unit == "months") == ("very young age" in call.modifiers)
-        assert (unit == "years" and int(age) >= 75) == ("older age" in call.modifiers)
-        assert "a pregnancy" not in call.modifiers or (sex == "woman" and 18 <= int(age) < 45)
-        assert unit == "years" or call.complaint != "anxiety"
         distracted += any(text in note.lower() for text in data.DISTRACTORS)
         wordings.update(data.ANY_FACT.findall(note.lower()))
     assert distracted / 5000 == pytest.approx(0.5, abs=0.04)
     for fact in [*COMPLAINTS, *RED_FLAGS, *data.CUES]:
-        for wording in PHRASES[fact][:2]:
+        for wording in [fact, WORDS[fact].other]:
             assert wordings[re.sub("^(a|an) ", "", wording)] > 10, wording
 
 
@@ -147,7 +143,7 @@ def test_override_rate_and_step(override):
 def test_splits_and_voices_do_not_disturb_each_other():
     """Catches a shared generator, sets or hashes: other sizes, voices, machines, the same notes."""
     small = data.load_data("triage", 0, 7, 20, 0.2, "post", "nurse")
-    assert hashlib.sha256(repr(small).encode()).hexdigest()[:16] == "b8e41594c674f753"
+    assert hashlib.sha256(repr(small).encode()).hexdigest()[:16] == "b787b236667d44b8"
     for split in ("train", "val", "test", "ceiling"):
         assert getattr(small, split) == getattr(triage("post"), split)[:7]
     assert small.stage1_train == triage("nurse").train[:7]
@@ -173,14 +169,14 @@ def test_every_rationale_argues_for_its_label_and_is_grounded(voice, override):
 @in_each_voice
 def test_the_checks_see_a_changed_rationale(voice):
     """Catches checks that look at the note only: another label, an invented or a denied fact."""
-    wording, denials = (-1 if voice == "nurse" else 0), 0
+    denials = 0
     for example in triage(voice).test[:300]:
         note, text = example.question, example.rationale
         other = DISPOSITIONS[(DISPOSITIONS.index(example.label) + 1) % 5]
         assert data.argues_for(f"{text} {other}.") is None  # argues for two
         assert data.argues_for(text.rsplit(". ", 1)[0] + f". {other}.") == other
         for flag in RED_FLAGS:
-            said = PHRASES[flag][wording]
+            said = WORDS[flag].short if voice == "nurse" else flag
             if flag not in read_facts(note):
                 assert data.ungrounded(f"{text} {said}.", note) == [flag]
             elif flag in read_facts(text):
@@ -196,11 +192,11 @@ def test_voices_name_their_labels_and_have_their_words():
     for voice in VOICES:
         train = triage(voice, 0.0).train
         named = sum(e.label.lower() in e.rationale.lower() for e in train)
-        assert named / 1000 == pytest.approx(data.NAMED[voice], abs=0.06)
+        assert named / 1000 == pytest.approx(data.NAMED, abs=0.06)
         texts[voice] = " ".join(example.rationale for example in train)
     assert [voice for voice in VOICES if " can mean " in texts[voice]] == ["llm"]
-    assert [voice for voice in VOICES if "suspect MI" in texts[voice]] == ["nurse"]
-    assert [voice for voice in VOICES if "suspect a heart attack" in texts[voice]] == ["post"]
+    assert [voice for voice in VOICES if "SOB." in texts[voice]] == ["nurse"]
+    assert [voice for voice in VOICES if "Shortness of breath." in texts[voice]] == ["post"]
 
 
 @in_each_voice
@@ -215,13 +211,13 @@ def test_the_ceiling_knows_the_rule_and_no_more(voice):
         assert (by_gold == by_rule) == (by_gold.label == by_rule.label)
         assert "on judgement" not in by_rule.rationale
         exact += by_gold == gold
-    assert exact / 1000 == pytest.approx(max(data.NAMED[voice], 1 - data.NAMED[voice]), abs=0.06)
+    assert exact / 1000 == pytest.approx(data.NAMED, abs=0.06)
 
 
 def test_what_a_label_is_worth():
     """Catches data on which a wrong label costs nothing: BLEU of the reference explainer."""
     references = [example.rationale for example in triage().test]
-    for answers, bleu in [(triage().ceiling_gold, 89.0), (triage().ceiling, 77.3)]:
+    for answers, bleu in [(triage().ceiling_gold, 88.1), (triage().ceiling, 76.8)]:
         texts = [example.rationale for example in answers]
         assert metrics.corpus_bleu(texts, references) == pytest.approx(bleu, abs=0.1)
 

@@ -1,0 +1,199 @@
+"""What is learned in a minute: ours against a transformers T5 trained as the paper trains it.
+
+    python tests/race.py --seeds 0 1 2 --out race          # writes race/race.json, prints a table
+    python tests/race.py --draw race/race.json race.png    # a picture of it
+
+Same shape, same notes, same tokenizer, same cores, in turn, each a process of its own. Its clock
+starts with the process and stands still while it is measured, on 300 validation notes. Ours is the
+default job. The peer has T5's dropout, AdamW with its rate falling linearly to 0 over the given
+seconds, the paper's stages and schedule over the same time, and labels generated for whole batches.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+BEGAN = time.perf_counter()  # before the imports, which take their time, too
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import metrics  # noqa: E402
+import r2d  # noqa: E402
+from data import columns, with_prefix  # noqa: E402
+
+NOTES = 300
+
+
+class Clock:
+    """The seconds of this process without those of its measurements, which it prints."""
+
+    def __init__(self, run: r2d.Run, generate: Callable, every: float):
+        self.run = run
+        self.generate = generate  # (prompts, limit) -> texts
+        self.every = every
+        self.paused = 0.0
+        self.updates = 0
+        self.next = every
+
+    def seconds(self) -> float:
+        return time.perf_counter() - BEGAN - self.paused
+
+    def tick(self) -> None:
+        """After each update."""
+        self.updates += 1
+        if self.seconds() >= self.next:
+            self.next += self.every
+            self.measure()
+
+    def measure(self) -> None:
+        now = self.seconds()
+        run = self.run
+        questions, gold, rationales = columns(run.dataset.val[:NOTES])
+        predicted = self.generate(with_prefix("predict:", questions), run.label_tokens)
+        row = {"seconds": now, "updates": self.updates}
+        row["macro_f1"] = metrics.macro_f1(gold, predicted, run.dataset.labels)
+        for name, labels in [("bleu_gold", gold), ("bleu_predicted", predicted)]:
+            prompts = r2d.explain_prompts(run, labels, questions)
+            texts = self.generate(prompts, run.options.max_target)
+            row[name] = metrics.corpus_bleu(texts, rationales)
+        print(json.dumps(row), flush=True)
+        self.paused = time.perf_counter() - BEGAN - now
+
+
+def race_ours(run: r2d.Run, every: float) -> None:
+    """The default job; measured after the first update that passes a mark, and at its end."""
+
+    def generate(prompts: list[str], limit: int) -> list[str]:
+        was_training = run.model.training
+        texts = r2d.decode(run, prompts, limit)
+        run.model.train(was_training)
+        return texts
+
+    clock = Clock(run, generate, every)
+    optimize = r2d.optimize
+
+    def optimize_and_tick(*arguments) -> None:
+        optimize(*arguments)
+        clock.tick()
+
+    r2d.optimize = optimize_and_tick
+    r2d.train(run, 1)
+    r2d.train(run, 2)
+    clock.measure()
+
+
+def race_peer(run: r2d.Run, every: float, seconds: float, lr: float) -> None:
+    """The paper's loop for so many seconds; stage 1 has the share of them that it has in ours."""
+    import bench
+
+    peer = bench.Peer(run, dropout=0.1)
+
+    def generate(prompts: list[str], limit: int) -> list[str]:
+        peer.model.eval()
+        texts = peer.generate(prompts, limit, 64)
+        peer.model.train()
+        return texts
+
+    clock = Clock(run, generate, every)
+    o = run.options
+    stage1_seconds = seconds * o.stage1_steps / (o.stage1_steps + o.stage2_steps)
+    lengths = [len(example.question) for example in run.dataset.train]
+    batches = []
+    while clock.seconds() < seconds:
+        if not batches:
+            batches = r2d.data.batch_order(lengths, o.batch_size, o.seed, epoch=clock.updates)
+        batch = [run.dataset.train[i] for i in batches.pop()]
+        now = clock.seconds()
+        for group in peer.optimizer.param_groups:
+            group["lr"] = lr * max(1 - now / seconds, 0)
+        if now < stage1_seconds:
+            peer.step(batch, 1, 0.0)
+        else:
+            done = now - stage1_seconds
+            p = r2d.p_predicted(done, seconds - stage1_seconds, "linear", o.warmup, o.ramp, o.cap)
+            peer.step(batch, 2, p)
+        clock.tick()
+    clock.measure()
+
+
+def race(who: str, seed: int, o: argparse.Namespace) -> list[dict]:
+    """One process: the rows that it printed."""
+    command = [sys.executable, __file__, "--who", who, "--seeds", str(seed), "--out", str(o.out)]
+    command += ["--seconds", str(o.seconds), "--every", str(o.every), "--peer-lr", str(o.peer_lr)]
+    text = subprocess.check_output([*command, *o.options], text=True)
+    rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    return [{"who": who, "seed": seed, **row} for row in rows]
+
+
+def table(rows: list[dict]) -> str:
+    """Per racer and mark: the means over seeds of seconds, updates and scores."""
+    lines = ["who      seconds  updates  macro-F1  BLEU, gold  BLEU, predicted"]
+    for who in ("ours", "peer"):
+        runs = {}
+        for row in rows:
+            if row["who"] == who:
+                runs.setdefault(row["seed"], []).append(row)
+        for marks in zip(*runs.values(), strict=False):  # of all seeds
+            means = []
+            for key in ("seconds", "updates", "macro_f1", "bleu_gold", "bleu_predicted"):
+                means.append(sum(mark[key] for mark in marks) / len(marks))
+            lines.append("{:6}{:10.0f}{:9.0f}{:10.1f}{:12.1f}{:17.1f}".format(who, *means))
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict], picture: str) -> None:
+    import matplotlib.pyplot as plt
+
+    titles = {"macro_f1": "macro-F1", "bleu_gold": "BLEU, gold label"}
+    titles["bleu_predicted"] = "BLEU, predicted label"
+    fig, axes = plt.subplots(1, 3, figsize=(8, 3), sharex=True, layout="constrained")
+    for ax, (key, title) in zip(axes, titles.items(), strict=True):
+        for who, colour, marker in [("ours", "#0072B2", "o"), ("peer", "#D55E00", "s")]:
+            for seed in sorted({row["seed"] for row in rows}):
+                mine = [row for row in rows if (row["who"], row["seed"]) == (who, seed)]
+                x = [row["seconds"] for row in mine]
+                y = [row[key] for row in mine]
+                label = {"ours": "ours", "peer": "transformers T5"}[who] if seed == 0 else None
+                ax.plot(x, y, color=colour, marker=marker, markersize=3, linewidth=1, label=label)
+        ax.set(title=title, xlabel="seconds", xlim=(0, None), ylim=(0, 100))
+    axes[0].legend(loc="lower right")
+    fig.savefig(picture, dpi=150)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--seconds", type=float, default=300, help="of the peer; ours ends when it is done")
+    add("--every", type=float, default=15, help="seconds between two measurements")
+    add("--peer-lr", type=float, default=1e-3)
+    add("--out", type=Path, default="race")
+    add("--draw", nargs=2, metavar=("JSON", "PNG"), help="a picture of a finished race")
+    add("--who", choices=["ours", "peer"], help=argparse.SUPPRESS)
+    o, o.options = parser.parse_known_args(arguments)  # what is not known here is r2d.py's
+    if o.draw:
+        draw(json.loads(Path(o.draw[0]).read_text(encoding="utf-8")), o.draw[1])
+    elif o.who:
+        folder = o.out / f"{o.who}-{o.seeds[0]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        options = ["--out", str(folder), "--seed", str(o.seeds[0]), "--device", "cpu", *o.options]
+        run = r2d.setup(r2d.parse_args(options))
+        if o.who == "ours":
+            race_ours(run, o.every)
+        else:
+            race_peer(run, o.every, o.seconds, o.peer_lr)
+    else:
+        rows = []
+        for seed in o.seeds:
+            for who in ("ours", "peer"):
+                rows += race(who, seed, o)
+                o.out.mkdir(parents=True, exist_ok=True)
+                (o.out / "race.json").write_text(json.dumps(rows), encoding="utf-8")
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
