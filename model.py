@@ -84,9 +84,9 @@ class Attention(nn.Module):
         """x (B, T, D), kv (2, B, H, S, K), bias that broadcasts to (B, H, T, S) -> (B, T, D)."""
         q = self.q(x).unflatten(-1, (self.config.n_heads, self.config.d_kv))  # (B, T, H, K)
         q = q.transpose(1, 2)  # (B, H, T, K)
-        dropout = self.config.dropout if self.training else 0.0
-        # softmax((B, H, T, K) x (B, H, K, S) + bias) x (B, H, S, K) -> (B, H, T, K)
-        y = F.scaled_dot_product_attention(q, kv[0], kv[1], bias, dropout_p=dropout, scale=1.0)
+        scores = q @ kv[0].mT + bias  # (B, H, T, K) x (B, H, K, S) -> (B, H, T, S)
+        weights = self.dropout(scores.softmax(-1))
+        y = weights @ kv[1]  # (B, H, T, S) x (B, H, S, K) -> (B, H, T, K)
         y = y.transpose(1, 2).flatten(2)  # (B, T, H * K)
         return self.dropout(self.o(y))
 

@@ -47,7 +47,7 @@ class Run:
     label_tokens: int  # of the longest label
 
 
-# ---- Prompts and greedy decoding (paper, section 3): first the label, then the rationale --------
+# ---- Prompts and greedy decoding (paper, section 3): first the label, then the rationale
 def explain_prompts(run: Run, labels: list[str], questions: list[str]) -> list[str]:
     """Prompts that show a label. In DSS the explanation never sees one."""
     if run.options.method == "dss":
@@ -72,7 +72,7 @@ def predict_labels(run: Run, questions: list[str]) -> list[str]:
     return decode(run, with_prefix("predict:", questions), run.label_tokens)
 
 
-# ---- Stage 1: rationales alone ------------------------------------------------------------------
+# ---- Stage 1: rationales alone
 def target_nats(run: Run, prompts: list[str], targets: list[str]) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats of each target after its prompt, and its tokens: (B,), (B,)."""
     input_ids = run.tokenizer.encode(prompts, run.options.max_source).to(run.device)
@@ -96,7 +96,7 @@ def stage1_loss(run: Run, batch: list[Example]) -> tuple[Tensor, dict]:
     return loss, {"loss": loss.item(), "loss_explain": loss.item()}
 
 
-# ---- Schedules: pure functions of the update ----------------------------------------------------
+# ---- Schedules: pure functions of the update
 def p_predicted(
     step: int, steps: int, schedule: str, warmup: float, ramp: float, cap: float
 ) -> float:
@@ -146,7 +146,7 @@ def flip_coins(n: int, p: float, generator: torch.Generator) -> list[bool]:
     return (torch.rand(n, generator=generator) < p).tolist()
 
 
-# ---- Stage 2: label and rationale, with scheduled sampling of the label in the prompt -----------
+# ---- Stage 2: label and rationale, with scheduled sampling of the label in the prompt
 def mix_labels(run: Run, batch: list[Example], coins: list[bool]) -> tuple[list[str], dict]:
     """The labels for the explain prompts: predicted where the coin is True, else gold.
 
@@ -183,7 +183,7 @@ def stage2_loss(
     return loss, log
 
 
-# ---- Training: one loop for both stages and all methods -----------------------------------------
+# ---- Training: one loop for both stages and all methods
 def orthogonal(matrix: Tensor) -> Tensor:
     """The matrix with its singular values moved close to 1 (Newton-Schulz; the numbers: Muon)."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
@@ -331,7 +331,7 @@ def train(run: Run, stage: int) -> None:
         data.write_checkpoint(o.out / f"stage{stage}.pt", checkpoint)
 
 
-# ---- The test: the same notes explained under the gold, the predicted and a flipped label -------
+# ---- The test: the same notes explained under the gold, the predicted and a flipped label
 def test_rows(run: Run) -> list[dict]:
     """One row per test example, with every fact that the scores need: predictions.jsonl."""
     questions, _, rationales = columns(run.dataset.test)
@@ -394,7 +394,7 @@ def evaluate(run: Run) -> None:
         print(f"model      {row['predicted_label']}: {row.get('rationale_given_predicted', '-')}")
 
 
-# ---- The files of a run -------------------------------------------------------------------------
+# ---- The files of a run
 def save(run: Run, progress: SimpleNamespace) -> None:
     """The log so far, in log.jsonl; then all that `load` needs, in last.pt."""
     lines = [json.dumps(line) + "\n" for line in progress.log]
@@ -422,7 +422,7 @@ def load_weights(run: Run, stage: int) -> None:
         run.model.load_state_dict(checkpoint["weights"])
 
 
-# ---- The command line ---------------------------------------------------------------------------
+# ---- The command line
 def make_parser() -> argparse.ArgumentParser:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser("r2d.py", usage=argparse.SUPPRESS, formatter_class=formatter)

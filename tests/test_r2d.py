@@ -236,7 +236,9 @@ def test_matrices_take_the_steps_of_muon():
         muon.step()
         for name, peer in peers.items():
             moved = model.get_parameter(name).detach() - ours[name]
-            direction = (peer.detach() - before[name]) / max(1, peer.shape[0] / peer.shape[1]) ** 0.5
+            direction = (peer.detach() - before[name]) / max(
+                1, peer.shape[0] / peer.shape[1]
+            ) ** 0.5
             size = first[name].square().mean().sqrt()
             expected = 0.1 * size * direction * max(peer.shape) ** 0.5
             assert (moved - expected).norm() < 0.03 * expected.norm(), name

@@ -1,9 +1,10 @@
-"""Every `python r2d.py ...` of the README, at a tiny size; the benchmark."""
+"""Every `python r2d.py ...` of the README, at a tiny size; the benchmark, the race."""
 
 import json
 import re
 import shlex
 import shutil
+import time
 
 import pytest
 from helpers import ROOT, write_notes, write_t5
@@ -56,3 +57,31 @@ def test_the_benchmark_runs(tmp_path, capsys):
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert len(rows) == 7
     assert all(min(row["ratios"]) > 0 for row in rows.values())
+
+
+def test_the_race_runs(tmp_path, capsys, monkeypatch):
+    """Catches a race that no longer fits the core, one that counts the seconds of measurements, a
+    mark without a measurement."""
+    pytest.importorskip("transformers")
+    import race
+
+    (tmp_path / "run").mkdir()
+    run = r2d.setup(r2d.parse_args([*TINY, "--out", str(tmp_path / "run")]))
+    monkeypatch.setattr(race.metrics, "corpus_bleu", lambda *texts: time.sleep(0.2) or 50.0)
+    monkeypatch.setattr(r2d, "optimize", r2d.optimize)  # which the race replaces
+    race.race_ours(run, every=0.01)
+    now = time.perf_counter() - race.BEGAN
+    race.race_peer(run, every=0.1, seconds=now + 1.0, lr=1e-3)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
+    steps = run.options.stage1_steps + run.options.stage2_steps
+    ours, peer = rows[: steps + 1], rows[steps + 1 :]
+    assert [row["updates"] for row in ours] == [*range(1, steps + 1), steps]
+    assert ours[-1]["seconds"] - ours[0]["seconds"] < 0.4 * steps / 2  # 0.4 s each: not counted
+    assert 1 < peer[-1]["updates"] and peer[-1]["seconds"] >= now + 1.0
+    for who, marks in (("ours", ours), ("peer", peer)):
+        for row in marks:
+            assert 0 <= row["macro_f1"] <= 100 and 0 <= row["bleu_predicted"] <= 100
+            row |= {"who": who, "seed": 0}
+    assert len(race.table(rows).splitlines()) == len(rows) + 1
+    race.draw(rows, str(tmp_path / "race.png"))
+    assert (tmp_path / "race.png").stat().st_size > 5000
