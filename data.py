@@ -43,12 +43,12 @@ class Dataset:
     labels: list[str]
     stage1_train: list[Example]  # the same notes with the rationales that stage 1 learns
     stage1_val: list[Example]
-    ceiling: list[Example]  # test notes, the rule's labels: what a perfect reader would answer
-    ceiling_gold: list[Example]  # what it would answer if told the gold label; else empty lists
+    ceiling: list[Example]  # triage: the test as answered by who knows the rule, else empty
+    ceiling_gold: list[Example]  # the same if told the gold label
 
 
-# ---- The simulated nurse line: words. A fact has the name of its usual wording; `other` is another
-# one, `short` the nurse's. `group` is a row of GROUPS, `reason` what a red flag can mean.
+# ---- The simulated nurse line: words. A key is the usual wording of a fact, and its name; `other`
+# is a synonym, `short` the nurse's abbreviation, `group` a row of GROUPS, `cue` what reassures.
 Words = namedtuple("Words", ["other", "short"])
 Complaint = namedtuple("Complaint", ["other", "short", "group", "cue"])
 RedFlag = namedtuple("RedFlag", ["other", "short", "tier", "reason"])
@@ -138,9 +138,9 @@ class Call:
 
     complaint: str
     severity: str
-    duration: list[str]  # "over a week" or nothing
+    duration: list[str]  # "over a week", or empty
     flags: list[str]  # the red flags, the worst first
-    denied: list[str]  # at most one red flag
+    denied: list[str]  # at most one red flag; lists, so that they can be added up
     cues: list[str]  # at most one
     modifiers: list[str]  # at most one
 
@@ -156,7 +156,7 @@ def triage_tier(facts: set[str]) -> int:
     """The rule: facts -> tier, an index into DISPOSITIONS. A denied fact ("no ...") never counts.
 
     1. Severity gives the base (mild 0, moderate 1, severe 2); over a week makes it at least 1.
-    2. A red flag raises the tier to its own. Only without one, a reassuring cue lowers it by one.
+    2. A red flag raises the tier to its own, whatever 1 says. Without one, a cue lowers it by one.
     3. A modifier (diabetes, ...) raises it by one, up to the emergency department.
     """
     tier = 0
@@ -175,7 +175,7 @@ def triage_tier(facts: set[str]) -> int:
 
 
 def maybe(rng: random.Random, share: float, options: Iterable[str]) -> list[str]:
-    """In this share of the calls one of the options, else none."""
+    """With probability `share` a list of one of the options, else an empty one."""
     return [rng.choice(list(options))] if rng.random() < share else []
 
 
@@ -223,7 +223,7 @@ def write_note(call: Call, rng: random.Random) -> str:
 
 # ---- The simulated nurse line: why a call has its tier, in three voices.
 def llm_steps(call: Call) -> list[str]:
-    """A reason for each step of the rule."""
+    """A sentence with a reason for each fact that matters."""
     if call.flags:
         steps = [f"{call.flags[0]} can mean {RED_FLAGS[call.flags[0]].reason}"]
     else:
@@ -235,14 +235,15 @@ def llm_steps(call: Call) -> list[str]:
 
 
 def post_steps(call: Call) -> list[str]:
-    """The nurse's, post-processed: in the usual words."""
+    """The nurse's, post-processed: the facts in their usual words."""
     steps = [call.complaint, call.severity, *call.duration]
     steps += [f"denies {flag}" for flag in call.denied]
-    return steps + (call.flags[:1] or call.cues) + call.modifiers
+    reasons = call.flags[:1] or call.cues  # a cue counts only without a red flag
+    return steps + reasons + call.modifiers
 
 
 def nurse_steps(call: Call) -> list[str]:
-    """The facts alone, in the nurse's abbreviations."""
+    """The same facts in the nurse's abbreviations."""
     steps = []
     for step in post_steps(call):
         fact = step.removeprefix("denies ")
@@ -287,10 +288,10 @@ def simulate(
             note = write_note(call, rng)
             rule = triage_tier(call.facts())
             neighbour = rng.choice([tier for tier in (rule - 1, rule + 1) if 0 <= tier <= 4])
-            tier = neighbour if rng.random() < override else rule  # drawn or not: same notes
+            tier = neighbour if rng.random() < override else rule  # always drawn: same notes
             named = rng.random() < NAMED
             getattr(data, split).append(explain(call, note, tier, voice, named))
-            if split == "test":  # the reference explainer takes the likelier ending, the name
+            if split == "test":  # the reference explainer takes the likelier ending: the name
                 data.ceiling.append(explain(call, note, rule, voice, named=True))
                 data.ceiling_gold.append(explain(call, note, tier, voice, named=True))
             else:
@@ -300,7 +301,7 @@ def simulate(
 
 
 # ---- The simulated nurse line: reading facts back, for checking a rationale.
-FACT_OF = {}  # wording in lower case, without its article: fact or label
+FACT_OF = {}  # from a wording, in lower case and without its article, to its fact or label
 for name, words in (WORDS | IMPLIED).items():
     for wording in [name, words.other, words.short]:
         FACT_OF[re.sub("^(a|an) ", "", wording.lower())] = name
@@ -389,9 +390,9 @@ def read_records(path: Path) -> Iterator[tuple[str, list[str]]]:
 def read_file(path: Path) -> dict[str, Example]:
     """The examples of a file by their place in it; PubMedQA's by their ids."""
     examples = {}
-    place = "the start"
+    place = "the start"  # until the first record could be read
     try:
-        for place, (question, label, rationale) in read_records(path):  # place: for the message
+        for place, (question, label, rationale) in read_records(path):
             example = Example(question.strip(), label.strip(), rationale.strip())
             (question + label + rationale).encode()  # a lone surrogate, which JSON can hold, fails
             if not example.question or not example.label:
@@ -412,8 +413,7 @@ def read_splits(path: Path, seed: int) -> list[list[Example]]:
     if path.is_dir():
         splits = []
         for split in ("train", "val", "test"):
-            files = [path / f"{split}.jsonl", path / f"{split}.csv"]
-            files = [file for file in files if file.exists()]
+            files = [*path.glob(f"{split}.jsonl"), *path.glob(f"{split}.csv")]
             if len(files) != 1:
                 raise InputError(f"{path}: needs one file {split}.jsonl or {split}.csv")
             splits.append(list(read_file(files[0]).values()))
@@ -429,7 +429,7 @@ def read_splits(path: Path, seed: int) -> list[list[Example]]:
             test = [place for place in places if place in official]
     in_test = set(test)
     rest = [place for place in places if place not in in_test]
-    val = rest[: len(rest) // 9]  # a tenth of all
+    val = rest[: len(rest) // 9]  # a tenth of all, if test is
     train = rest[len(val) :]
     return [list(map(examples.get, split)) for split in (train, val, test)]
 
@@ -443,7 +443,7 @@ def load_data(
         sizes = {split: min(size, limit or size) for split, size in sizes.items()}
         return simulate(sizes, override, seed, *voices)
     train, val, test = [split[:limit] for split in read_splits(Path(source), seed)]
-    labels = Counter(columns(train + val + test)[1])
+    labels = dict.fromkeys(columns(train + val + test)[1])  # without duplicates, in their order
     if not val or not test or len(set(columns(train)[1])) < 2:
         raise InputError(f"{source}: needs two labels in train, examples in val and test; add some")
     if len({" ".join(label.lower().split()) for label in labels}) < len(labels):
@@ -484,11 +484,11 @@ class Tokenizer:
         """Byte-pair encoding: on templated text a unigram vocabulary collapses to a few pieces.
 
         What is not in the vocabulary is written in bytes, so no text, above all no label, loses a
-        letter: SentencePiece's default coverage once dropped the E of "go to ED now".
+        letter, as it would with SentencePiece's defaults.
         """
         counts = Counter("".join(texts))
         frequent = sorted(counts, key=counts.get, reverse=True)
-        rare = dict.fromkeys(map(ord, frequent[vocab_size // 4 :]), " ")  # these become bytes
+        rare = dict.fromkeys(map(ord, frequent[vocab_size // 4 :]), " ")  # gets no piece: bytes
         model = io.BytesIO()
         ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
         unchanged = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
@@ -536,7 +536,7 @@ def batch_order(lengths: list[int], batch_size: int, seed: int, epoch: int) -> l
     """The batches of an epoch, as lists of example numbers; the same for the same arguments.
 
     Shuffled, then sorted by length within pools of 16 batches: neighbours of one length need
-    little padding. What does not fill the last batch is left out, at random.
+    little padding. What does not fill the last batch is left out, at random, if there is another.
     """
     rng = random.Random(f"{seed} {epoch}")
     order = rng.sample(range(len(lengths)), len(lengths))

@@ -2,7 +2,6 @@
 
     python r2d.py --stage 2                  everything: stage 1, stage 2, evaluation, table
     python r2d.py --method sft --out sft     a baseline; python r2d.py -h lists all options
-    python r2d.py --ask "A 52-year-old man with chest pain for 2 days. It is severe."
 
 In the paper's order; files and options come last. For study, not for patients.
 """
@@ -81,16 +80,16 @@ def target_nats(run: Run, prompts: list[str], targets: list[str]) -> tuple[Tenso
 
 
 def token_loss(run: Run, prompts: list[str], targets: list[str]) -> Tensor:
-    """The mean over the target tokens of all processes: so losses and gradients add up."""
+    """This process's share of the mean over all target tokens: the shares add up to it."""
     nats, tokens = target_nats(run, prompts, targets)
     n_tokens = tokens.sum()
     if WORLD > 1:
         dist.all_reduce(n_tokens)
-    return nats.sum() / n_tokens.clamp(min=1)  # an empty rationale has no tokens
+    return nats.sum() / n_tokens.clamp(min=1)  # an empty rationale has none, not even the end
 
 
 def stage1_loss(run: Run, batch: list[Example]) -> tuple[Tensor, dict]:
-    """explain: {question} -> rationale. Returns the loss and what the log says of it."""
+    """explain: {question} -> rationale. Returns the loss, and values for log.jsonl."""
     questions, _, rationales = columns(batch)
     loss = token_loss(run, with_prefix("explain:", questions), rationales)
     return loss, {"loss": loss.item(), "loss_explain": loss.item()}
@@ -125,7 +124,7 @@ def p_predicted(
 
 
 def inverse_sigmoid_k(n: float, p: float) -> float:
-    """The k that gives P = p after n updates, by bisection: n/k - ln(k), P's log odds, falls."""
+    """The k that gives P = p after n updates: its log odds, n/k - ln(k), fall with k. Bisection."""
     low, high = 1e-9 * n, 1e9 * n
     for _ in range(200):
         k = math.sqrt(low * high)
@@ -150,8 +149,8 @@ def flip_coins(n: int, p: float, generator: torch.Generator) -> list[bool]:
 def mix_labels(run: Run, batch: list[Example], coins: list[bool]) -> tuple[list[str], dict]:
     """The labels for the explain prompts: predicted where the coin is True, else gold.
 
-    The authors' code predicts all, with dropout on, and takes invalid labels, too. The counts are
-    for the log; `wrong_predicted`, prompts with a wrong label, is the dose.
+    The authors' code predicts all, with dropout on, and takes invalid labels, too. Returns counts
+    for log.jsonl as well: `wrong_predicted`, prompts with a wrong label, is the dose.
     """
     questions, labels, _ = columns(batch)
     counts = {"used_predicted": 0, "wrong_predicted": 0, "invalid_predicted": 0}
@@ -170,7 +169,7 @@ def mix_labels(run: Run, batch: list[Example], coins: list[bool]) -> tuple[list[
 def stage2_loss(
     run: Run, batch: list[Example], coins: list[bool], alpha: float
 ) -> tuple[Tensor, dict]:
-    """L = alpha * L_predict + (1 - alpha) * L_explain, of the gold rationale, and its log."""
+    """L = alpha * L_predict + (1 - alpha) * L_explain, and values for log.jsonl."""
     questions, gold, rationales = columns(batch)
     labels, log = mix_labels(run, batch, coins)
     loss_predict = token_loss(run, with_prefix("predict:", questions), gold)
@@ -185,10 +184,10 @@ def stage2_loss(
 
 # ---- Training: one loop for both stages and all methods
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The matrix with its singular values moved close to 1 (Newton-Schulz; the numbers: Muon)."""
+    """The matrix, its singular values moved near 1 by Newton-Schulz steps with Muon's numbers."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / wide.norm().clamp(min=1e-30)
-    for _ in range(3):
+    for _ in range(3):  # Muon has 5; more did not help
         gram = x @ x.T
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
     return x if wide is matrix else x.T
@@ -196,15 +195,15 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 @torch.no_grad()
 def optimize(model: Transformer, state: dict[str, tuple], lr: float) -> None:
-    """A step of Muon (Jordan et al. 2024) for matrices, of Adam (arXiv 1412.6980) for the rest.
+    """Muon (Jordan et al. 2024) in the layers, Adam (arXiv 1412.6980) for embeddings and norms.
 
     Muon makes the mean gradient orthogonal: what is rare is learned as fast as what is frequent.
-    Rates are relative to the size (RMS) of a weight when the stage begins: in T5 sizes differ a
-    hundredfold, and its own optimiser does so, too (Adafactor, arXiv 1804.04235).
+    Rates are relative to the size (RMS) of a weight when the stage begins, as in T5's own
+    optimiser (Adafactor, arXiv 1804.04235): in T5 sizes differ a hundredfold.
     """
     for name, weight in model.named_parameters():
         if name not in state:
-            least = 3.0 if "bias" in name else 1e-3  # position biases are logits and begin near 0
+            least = 3.0 if "bias" in name else 1e-3  # position biases begin near 0, but are logits
             size = weight.square().mean().sqrt().clamp(min=least)
             state[name] = (size, torch.zeros_like(weight), torch.zeros_like(weight))
         size, mean, square = state[name]
@@ -219,7 +218,7 @@ def optimize(model: Transformer, state: dict[str, tuple], lr: float) -> None:
 
 def lr_at(step: int, steps: int, lr: float) -> float:
     """Learning rate: up linearly over the first tenth of the updates, then down linearly to 0."""
-    rising = (step + 1) / max(0.1 * steps, 1)  # the paper has none: Adam would undo stage 1
+    rising = (step + 1) / max(0.1 * steps, 1)  # not in the paper; without it stage 1 is undone
     falling = (steps - step) / max(0.9 * steps, 1)
     return lr * min(1.0, rising, falling)
 
@@ -267,8 +266,8 @@ def validate(run: Run, stage: int) -> dict[str, float]:
 def train(run: Run, stage: int) -> None:
     """One stage: from the last save, or the weights in the model, to its best checkpoint.
 
-    Best: the lowest validation loss in stage 1, the highest macro-F1 in stage 2, from the end of
-    the ramp on, or 65 %. The authors' code may choose weights that never saw a predicted label.
+    Best: in stage 1 the lowest validation loss, in stage 2 the highest macro-F1, but only after
+    the ramp and 65 % of the updates: the authors may choose weights that never saw own labels.
     """
     o = run.options
     examples, steps, patience, select_from = run.dataset.stage1_train, o.stage1_steps, 3, 0
@@ -289,7 +288,7 @@ def train(run: Run, stage: int) -> None:
         if progress.bad_evals == patience:
             break
         batch = [examples[i] for i in batches[step]]
-        seed = 10**9 * o.seed + 10**4 * step  # of this update, to resume
+        seed = 10**12 * o.seed + 10**5 * step  # of this update: a resumed run draws the same
         torch.manual_seed(seed + RANK)  # for dropout
         if stage == 1:
             schedule = {}
@@ -300,7 +299,7 @@ def train(run: Run, stage: int) -> None:
                 alpha = alpha_at(step, steps, o.warmup, o.alpha)
                 p = p_predicted(step, steps, o.schedule, o.warmup, o.ramp, o.cap)
             schedule = {"alpha": alpha, "p_predicted": p}
-            coins = flip_coins(len(batch), p, torch.Generator().manual_seed(seed + 9999))
+            coins = flip_coins(len(batch), p, torch.Generator().manual_seed(seed + 99999))
             loss, log = stage2_loss(run, batch[RANK::WORLD], coins[RANK::WORLD], alpha)
         run.model.zero_grad()
         loss.backward()
@@ -308,7 +307,7 @@ def train(run: Run, stage: int) -> None:
             sum_over_processes(run, log)
         grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0).item()
         if not math.isfinite(grad_norm):
-            raise InputError(f"update {step}: the gradients are infinite; lower --lr")
+            raise InputError(f"update {step}: infinite gradients; lower --lr and change --out")
         lr = lr_at(step, steps, o.lr)
         optimize(run.model, progress.optimizer, lr)
         progress.step = step + 1
@@ -344,14 +343,14 @@ def test_rows(run: Run) -> list[dict]:
         wrong = [label for label in run.dataset.labels if label != example.label]
         row = {**vars(example), "predicted_label": predicted[i], "flipped_label": rng.choice(wrong)}
         row["majority_label"] = majority
-        if run.dataset.ceiling:  # on triage: what a perfect reader of the note would say
+        if run.dataset.ceiling:  # on triage: the answers of who knows the rule
             row["ceiling_label"] = run.dataset.ceiling[i].label
         if run.dataset.ceiling and run.options.method != "sft":
             row["rationale_given_ceiling"] = run.dataset.ceiling[i].rationale
             row["rationale_given_ceiling_gold"] = run.dataset.ceiling_gold[i].rationale
         rows.append(row)
     for condition in conditions[run.options.method]:  # the prompts of DSS hold no label
-        labels = [row[metrics.CONDITIONS[condition]] for row in rows]  # under this key of a row
+        labels = [row[metrics.CONDITIONS[condition]] for row in rows]  # CONDITIONS has the key
         prompts = explain_prompts(run, labels, questions)
         texts = decode(run, prompts, run.options.max_target)
         nats, tokens = rationale_nats(run, prompts, rationales)
@@ -364,7 +363,7 @@ def test_rows(run: Run) -> list[dict]:
 
 
 def add_verdicts(run: Run, rows: list[dict]) -> None:
-    """Which label each rationale argues for: by the checker on triage, elsewhere by the reader."""
+    """The label each text argues for: the checker's on triage, elsewhere the reader's."""
     _, gold, rationales = columns(run.dataset.train)
     reader = metrics.Reader(rationales, gold, run.dataset.labels)
     for row in rows:
@@ -429,11 +428,11 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("method").add_argument
     add("--stage", type=int, choices=[1, 2], default=2, help="1: stop after stage 1")
     add("--method", choices=["r2d", "sft", "dss"], default="r2d", help="the paper's, or a baseline")
-    add("--no-stage1", action="store_true", help="ablation: stage 2 from random weights")
+    add("--no-stage1", action="store_true", help="ablation: stage 2 alone")
     schedules = ["linear", "exponential", "inverse-sigmoid", "none"]
     add("--schedule", choices=schedules, default="linear", help="of P; none: gold only")
-    add("--warmup", type=float, default=0.05, help="share of stage 2 with P(predicted) = 0")
-    add("--ramp", type=float, default=0.6, help="share of stage 2 in which P then rises")
+    add("--warmup", type=float, default=0.05, help="share of stage 2 with P = 0 and alpha rising")
+    add("--ramp", type=float, default=0.6, help="share in which P then rises to the cap")
     add("--cap", type=float, default=0.9, help="P after the ramp")
     add("--alpha", type=float, default=0.7, help="weight of the label loss after the warm-up")
     add = parser.add_argument_group("data").add_argument
@@ -455,7 +454,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--stage1-steps", type=int, default=30, help="updates in stage 1")
     add("--stage2-steps", type=int, default=290, help="updates in stage 2")
     add("--batch-size", type=int, default=24, help="examples per update")
-    add("--lr", type=float, default=0.04, help="peak, relative to weights; 0.001 for --init")
+    add("--lr", type=float, default=0.04, help="peak, relative to weights; give 0.001 with --init")
     add("--eval-every", type=int, default=100, help="updates between two validations")
     add("--dropout", type=float, default=0.0, help="dropout rate")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matrix products")
@@ -469,7 +468,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
-    """The options; a run in --out has its own. A wrong one ends the program with status 2."""
+    """The options; a run in --out fixes its own. A wrong one ends the program with status 2."""
     parser = make_parser()
     o = parser.parse_args(arguments)
     path = o.out / "config.json"
@@ -525,17 +524,19 @@ def setup(o: argparse.Namespace) -> Run:
 
 
 def write_config(run: Run) -> None:
-    """Say what is trained on what; write config.json and tokenizer.model."""
+    """Print the sizes of the data; write config.json and tokenizer.model."""
     o = run.options
-    questions, labels, _ = columns(run.dataset.test)
-    ids = run.tokenizer.encode(explain_prompts(run, labels, questions), o.max_source)
-    full = int(ids[:, o.max_source - 1 :].count_nonzero())  # whose last place is filled
-    sizes = f"{len(run.dataset.train)} train, {len(run.dataset.val)} val, {len(ids)} test examples"
-    print(f"{o.data}: {sizes}; {full} of test fill --max-source {o.max_source}")
     config = {**vars(o), "labels": run.dataset.labels, "model": asdict(run.model.config)}
     config["data_sha256"] = hashlib.sha256(repr(run.dataset).encode()).hexdigest()
     if getattr(o, "data_sha256", config["data_sha256"]) != config["data_sha256"]:
         raise InputError(f"{o.data}: other data than the run in {o.out} has; change --out")
+    if RANK > 0:
+        return
+    questions, labels, _ = columns(run.dataset.test)
+    ids = run.tokenizer.encode(explain_prompts(run, labels, questions), o.max_source)
+    full = int(ids[:, o.max_source - 1 :].count_nonzero())  # whose last place is filled
+    sizes = f"{len(run.dataset.train)} train, {len(run.dataset.val)} val, {len(ids)} test examples"
+    print(f"{o.data}: {sizes}; {full} of test fill --max-source and may be cut")
     for name in ["stage", "out", "device", "eval", "ask"]:  # these may change from call to call
         del config[name]
     o.out.mkdir(parents=True, exist_ok=True)
@@ -545,28 +546,27 @@ def write_config(run: Run) -> None:
 
 def run_command(o: argparse.Namespace) -> None:
     """Answer --ask, evaluate, or train and evaluate what is not done yet."""
-    last_file = o.out / ("stage1.pt" if o.stage == 1 else "metrics.json")
-    if last_file.exists() and (o.out / "last.pt").exists() and o.ask is None and not o.eval:
-        print(f"{last_file}: this run is finished; for a new one give another --out")
+    files = ["stage1.pt"] if o.stage == 1 else ["stage2.pt", "metrics.json"]
+    if all((o.out / file).exists() for file in files) and o.ask is None and not o.eval:
+        print(f"{o.out}: this run is finished; for a new one give another --out")
         return
     run = setup(o)
     as_is = o.eval and o.init and not (o.out / "last.pt").exists()  # a T5 without training
     if (o.eval or o.ask) and not as_is:
         load_weights(run, 2)
-    if o.ask:
-        label = predict_labels(run, [o.ask])[0]
-        print(f"label      {label}")
-        if o.method != "sft":
-            prompts = explain_prompts(run, [label], [o.ask])
-            print(f"rationale  {decode(run, prompts, o.max_target)[0]}")
-        return
-    if RANK == 0:
-        write_config(run)
-    stages = [] if o.eval else [1, 2][: o.stage]
-    if o.no_stage1 or o.method != "r2d":
-        stages = stages[1:]
     bfloat16 = o.dtype == "bfloat16"  # without a cache, which would keep old weights
     with torch.autocast(run.device, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
+        if o.ask:
+            label = predict_labels(run, [o.ask])[0]
+            prompts = explain_prompts(run, [label], [o.ask])
+            print(f"label      {label}")
+            if o.method != "sft":
+                print(f"rationale  {decode(run, prompts, o.max_target)[0]}")
+            return
+        write_config(run)
+        stages = [] if o.eval else [1, 2][: o.stage]
+        if o.no_stage1 or o.method != "r2d":
+            stages = stages[1:]
         for stage in stages:
             if (o.out / f"stage{stage}.pt").exists():
                 load_weights(run, stage)
@@ -587,12 +587,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"r2d.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("r2d.py: stopped; the same command goes on", file=sys.stderr)
+        print("r2d.py: stopped; give the same command to go on", file=sys.stderr)
         return 130
     except RuntimeError as e:
         if WORLD == 1:
             raise
-        print(f"r2d.py: lost a process ({str(e)[:50]}); the same command goes on", file=sys.stderr)
+        print(f"r2d.py: lost a process ({str(e)[:60]}); start again to go on", file=sys.stderr)
         return 1
 
 

@@ -116,7 +116,6 @@ def race_peer(run: r2d.Run, every: float, seconds: float, lr: float) -> None:
             p = r2d.p_predicted(done, seconds - stage1_seconds, "linear", o.warmup, o.ramp, o.cap)
             peer.step(batch, 2, p)
         clock.tick()
-    clock.measure()
 
 
 def race(who: str, seed: int, o: argparse.Namespace) -> list[dict]:

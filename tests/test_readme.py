@@ -77,7 +77,7 @@ def test_the_race_runs(tmp_path, capsys, monkeypatch):
     ours, peer = rows[: steps + 1], rows[steps + 1 :]
     assert [row["updates"] for row in ours] == [*range(1, steps + 1), steps]
     assert ours[-1]["seconds"] - ours[0]["seconds"] < 0.4 * steps / 2  # 0.4 s each: not counted
-    assert 1 < peer[-1]["updates"] and peer[-1]["seconds"] >= now + 1.0
+    assert 1 < peer[-1]["updates"] and peer[-1]["seconds"] > now + 0.8
     for who, marks in (("ours", ours), ("peer", peer)):
         for row in marks:
             assert 0 <= row["macro_f1"] <= 100 and 0 <= row["bleu_predicted"] <= 100
