@@ -1,5 +1,6 @@
 """Bad input ends in one line with status 2 and leaves nothing; strange input works."""
 
+import io
 import json
 import os
 import pickle
@@ -328,3 +329,11 @@ def test_a_thousand_labels_are_trained_and_scored():
     write("d.jsonl", jsonl(rows))
     assert r2d.main([*TINY, "--data", "d.jsonl", "--limit", "2000", "--method", "sft"]) == 0
     assert len(read(Path("run/metrics.json"))["label"]["per_class"]) == 1000
+
+
+def test_texts_beyond_utf8_and_beyond_the_screen(finished, capsys, monkeypatch):
+    """Catches a traceback for an argument in another encoding, or a table that has a plus-minus."""
+    shutil.copytree(finished, "run")
+    refused(capsys, ["--out", "run", "--ask", "caf\udce9"], "utf-8")
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    refused(capsys, ["--out", "run", "--eval"], "ascii")
