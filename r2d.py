@@ -488,7 +488,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(f"{name} {value}: must be between {low} and {high}")
     if o.stage == 1 and (o.method != "r2d" or o.no_stage1 or o.eval):
         parser.error("--stage 1: is training, of --method r2d alone, without --no-stage1")
-    if o.ask is not None and not o.ask.strip():
+    if o.ask is not None and not o.ask.encode().strip():  # encode: raises if it is not UTF-8
         parser.error("--ask: the text is empty")
     return o
 
