@@ -20,7 +20,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import r2d
-from data import InputError
+from data import InputError, reading
 
 PLACES = {  # score -> where it stands in metrics.json
     "macro_f1": "label macro_f1",
@@ -43,22 +43,17 @@ PLACES = {  # score -> where it stands in metrics.json
 SCORES = [*PLACES, "dose"]
 
 
-def has_stage1(options: dict) -> bool:
-    return options["method"] == "r2d" and not options["no_stage1"]
-
-
 def plan(item: str, seed: int, out: Path, further: list[str]) -> list[str]:
     """The arguments of one run for r2d.main. Ends the program, or raises, if they are wrong."""
     method, *changes = item.split(",")
     own = {"method": method, "seed": seed, "out": out, "stage": 2, "ask": None}
     arguments = [f"--method={method}", f"--seed={seed}", f"--out={out}", *further]
-    for change in changes:
-        arguments.append(f"--{change}")
+    arguments += [f"--{change}" for change in changes]
     options = vars(r2d.parse_args(arguments))
     if not own.items() <= options.items():
         raise InputError(f"{item}: leave out {', '.join(own)}: the comparison sets them")
-    # Equal budgets: a run without stage 1 (sft, dss) makes its updates on top of stage 2's own.
-    if not has_stage1(options) and ",stage2" not in item:
+    # Equal budgets: a run without stage 1 makes those updates, too.
+    if (method != "r2d" or options["no_stage1"]) and ",stage2" not in item:
         options["stage2_steps"] += options["stage1_steps"]
         arguments.append(f"--stage2-steps={options['stage2_steps']}")
     options["out"] = out / re.sub("[^a-zA-Z0-9.-]", "_", f"{item}-{seed}")
@@ -69,15 +64,6 @@ def plan(item: str, seed: int, out: Path, further: list[str]) -> list[str]:
     return arguments
 
 
-def find(result: dict, place: str) -> float:
-    """A score of metrics.json; nan if it is not there."""
-    for key in place.split():
-        if key not in result:
-            return math.nan
-        result = result[key]
-    return float(result)
-
-
 def dose(log: list[dict], batch_size: int) -> float:
     """Share of stage 2's explain prompts with a wrong predicted label, 0-100; nan without any."""
     updates = [line for line in log if line["stage"] == 2 and "loss_explain" in line]
@@ -85,21 +71,22 @@ def dose(log: list[dict], batch_size: int) -> float:
     return 100 * wrong / (batch_size * len(updates)) if updates else math.nan
 
 
-def read_run(folder: Path) -> dict:
-    """The scores of a run, and its budget of updates: early stopping may have left some over."""
-    try:
+def read_run(folder: Path) -> dict[str, float]:
+    """The scores of a run, nan where it has none, and its budget of updates."""
+    with reading(folder):
         result = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
         log = [json.loads(line) for line in lines]
         run = {"updates": config["stage2_steps"], "dose": dose(log, config["batch_size"])}
-        if has_stage1(config):
+        if config["method"] == "r2d" and not config["no_stage1"]:
             run["updates"] += config["stage1_steps"]
         for name, place in PLACES.items():
-            run[name] = find(result, place)
-    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
-        problem = f"a damaged file ({type(error).__name__})"
-        raise InputError(f"{folder}: {problem}; delete the folder and start again") from None
+            *groups, key = place.split()
+            scores = result
+            for group in groups:
+                scores = scores.get(group, {})
+            run[name] = float(scores.get(key, math.nan))
     return run
 
 
@@ -136,12 +123,9 @@ def summarize(runs: dict[str, list[dict]], seeds: list[int], base: str) -> dict:
 def show(name: str, score: dict) -> str:
     """Mean ± half of its interval."""
     digits = 3 if name.startswith("nll") else 1
-    if score["mean"] is None:
-        return "-"
-    text = f"{score['mean']:.{digits}f}"
+    text = "-" if score["mean"] is None else f"{score['mean']:.{digits}f}"
     if score["ci95"] is not None:
-        low, high = score["ci95"]
-        text += f" ±{(high - low) / 2:.{digits}f}"
+        text += f" ±{(score['ci95'][1] - score['ci95'][0]) / 2:.{digits}f}"
     return text
 
 
@@ -158,10 +142,8 @@ def table(rows: dict, base: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0 done, 2 bad input, 130 stopped by Ctrl-C."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "compare.py", argparse.SUPPRESS, __doc__, formatter_class=style, allow_abbrev=False
-    )
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("compare.py", argparse.SUPPRESS, __doc__, **style)
     parser.add_argument("items", nargs="+", metavar="ITEM", help="such as r2d,no-stage1,cap=0.5")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default 0 1 2)")
     parser.add_argument("--out", type=Path, default="compare", help="folder (default compare)")
@@ -170,10 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     base = "r2d" if "r2d" in args.items else args.items[0]
     runs = {item: [] for item in args.items}
     try:
-        plans = []
-        for seed in seeds:
-            for item in runs:
-                plans.append([item, plan(item, seed, args.out, further)])
+        plans = [(item, plan(item, seed, args.out, further)) for seed in seeds for item in runs]
         for item, run_arguments in plans:
             print("\nr2d.py", *run_arguments, flush=True)
             status = r2d.main(run_arguments)
