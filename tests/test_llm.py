@@ -1,7 +1,6 @@
 """notebooks/llm.py against a real server on this machine that answers well, badly or not at all."""
 
 import json
-import signal
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -200,7 +199,11 @@ def test_a_folder_without_rationales_is_refused(content, serve, run, capsys) -> 
 
 def test_ctrl_c_ends_with_status_130(run, monkeypatch) -> None:
     """Catches a traceback or another status."""
-    monkeypatch.setattr(llm, "ask", lambda *_: signal.raise_signal(signal.SIGINT))
+
+    def ask(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm, "ask", ask)
     assert judge(run, "") == 130 and set(contents(run)) == {"predictions.jsonl"}
 
 
