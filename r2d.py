@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import statistics
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -274,9 +275,8 @@ def train(run: Run, stage: int) -> None:
     if stage == 2:
         examples, steps, patience = run.dataset.train, o.stage2_steps, 5
         select_from = steps * min(1, max(0.65, o.warmup + o.ramp))
-    progress = SimpleNamespace(stage=stage, step=0, log=[], optimizer={})
+    progress = SimpleNamespace(stage=stage, step=0, log=[], optimizer={}, bad_evals=0)
     progress.best_score, progress.best_weights = -math.inf, {}
-    progress.bad_evals = 0  # validations in a row without a better score
     if (o.out / "last.pt").exists():
         load(run, progress)
     lengths = [len(example.question) for example in examples]
@@ -321,7 +321,7 @@ def train(run: Run, stage: int) -> None:
                 progress.best_weights = copy.deepcopy(run.model.state_dict())
                 progress.bad_evals = 0
             elif progress.step >= select_from:
-                progress.bad_evals += 1
+                progress.bad_evals += 1  # in a row
             if RANK == 0:
                 save(run, progress)
     run.model.load_state_dict(progress.best_weights)
@@ -336,7 +336,7 @@ def test_rows(run: Run) -> list[dict]:
     questions, _, rationales = columns(run.dataset.test)
     predicted = predict_labels(run, questions)
     conditions = {"r2d": ["gold", "predicted", "flipped"], "dss": ["predicted"], "sft": []}
-    majority = max(run.dataset.labels, key=columns(run.dataset.train)[1].count)
+    majority = statistics.mode(columns(run.dataset.train)[1])
     rng = random.Random(run.options.seed)
     rows = []
     for i, example in enumerate(run.dataset.test):

@@ -152,7 +152,10 @@ def main(arguments: list[str] | None = None) -> int:
     base = "r2d" if "r2d" in args.items else args.items[0]
     runs = {item: [] for item in args.items}
     try:
-        plans = [(item, plan(item, seed, args.out, further)) for seed in seeds for item in runs]
+        plans = []  # all are checked before the first run begins
+        for seed in seeds:
+            for item in runs:
+                plans.append((item, plan(item, seed, args.out, further)))
         for item, run_arguments in plans:
             print("\nr2d.py", *run_arguments, flush=True)
             status = r2d.main(run_arguments)
