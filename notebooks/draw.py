@@ -24,6 +24,7 @@ SCORES = ["bleu_gold", "bleu", "bleu_flipped"]  # the same in compare.json
 NAMES = {  # of items
     "r2d": "scheduled sampling",
     "r2d,schedule=none": "gold labels only",
+    "r2d,cap=0.5": "sampling, cap 0.5",
     "r2d,warmup=0,ramp=0,cap=1": "own labels from the start",
 }
 

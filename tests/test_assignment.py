@@ -1,118 +1,37 @@
-"""The assignment: its grader against right, wrong and hostile answers, and its handout."""
+"""The assignment: its grader against right, wrong and hostile answers, and its handout.
 
-import importlib.util
+Students: this file holds solutions.
+"""
+
+import csv
+import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
-
-import r2d
+from answers import CHEATS, IMPORTS, RIGHT, VECTORISED, WRONG, functions
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks" / "assignment"
+sys.path.insert(0, str(FOLDER))
+import grade  # noqa: E402
+from checks import CHECKS, PROBLEMS, points_of  # noqa: E402
+
 HANDOUT = (FOLDER / "README.md").read_text(encoding="utf-8")
 TINY = "--limit 20 --width 16 --layers 1 --stage1-steps 2 --stage2-steps 4 --max-target 16".split()
-
-SPEC = importlib.util.spec_from_file_location("grader", FOLDER / "test_adapters.py")
-GRADER = sys.modules["grader"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(GRADER)
-
-# A right answer to each problem, in the grader's order; in BUGS one place of it is broken.
-RIGHT = """
-def p_linear(step, steps, warmup, ramp, cap):
-    i, n = step - warmup * steps, ramp * steps
-    return 0.0 if i < 0 or cap == 0 else cap if i >= n else min(cap, i / n)
-
-def p_exponential(step, steps, warmup, ramp, cap):
-    i, n, reach = step - warmup * steps, ramp * steps, min(cap, 1 - 1e-6)
-    return 0.0 if i < 0 or cap == 0 else cap if i >= n else 1 - (1 - reach) ** (i / n)
-
-def p_inverse_sigmoid(step, steps, warmup, ramp, cap):
-    i, n, reach = step - warmup * steps, ramp * steps, min(cap, 1 - 1e-6)
-    if i < 0 or cap == 0 or i >= n:
-        return 0.0 if i < 0 else cap
-    low, high = n / 800, 1e6 * n + 10
-    for _ in range(200):
-        k = (low + high) / 2
-        low, high = (k, high) if math.log(k) - n / k < math.log(1 / reach - 1) else (low, k)
-    return 1 / (1 + k * math.exp(-i / k))
-
-def draw_coins(n, p, generator):
-    return [bool(torch.rand(1, generator=generator) < p) for _ in range(n)]
-
-def explain_batch(examples, labels, coins, predict, training):
-    given = [e["label"] for e in examples]
-    chosen = [i for i, coin in enumerate(coins) if coin and training]
-    asked = [examples[i]["question"] for i in chosen]
-    for i, label in zip(chosen, predict(asked)):
-        given[i] = label if label in labels else given[i]
-    pairs = zip(given, examples)
-    prompts = [f"given label: {label}, explain: {e['question']}" for label, e in pairs]
-    return prompts, [e["rationale"] for e in examples]
-
-def shift_right(targets):
-    return torch.cat([torch.zeros_like(targets[:, :1]), targets[:, :-1]], dim=1)
-
-def token_mean_loss(logits, targets):
-    nats = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    nats = nats * (targets != 0)
-    return nats.sum() / (targets != 0).sum().clamp(min=1)
-
-def greedy_decode(model, source, max_new_tokens):
-    mode = model.training
-    model.eval()
-    with torch.no_grad():
-        tokens = torch.zeros(len(source), 1, dtype=torch.long)
-        done = torch.zeros(len(source), dtype=torch.bool)
-        while tokens.shape[1] <= max_new_tokens and not done.all():
-            new = model(source, tokens)[:, -1].argmax(-1)
-            new = new.masked_fill(done, 0)
-            tokens, done = torch.cat([tokens, new[:, None]], 1), done | (new == 1)
-    model.train(mode)
-    return tokens[:, 1:]
-
-def corpus_bleu(hypotheses, references):
-    bleu, smooth, found = 100, 1, 0
-    for n in range(4):
-        match, total = 0, 0
-        for h, r in zip(hypotheses, references):
-            ours, theirs = (Counter(zip(*(x[i:] for i in range(n + 1)))) for x in (h, r))
-            match += (ours & theirs).total()
-            total += ours.total()
-        found += match
-        smooth = smooth if match else smooth / 2
-        bleu *= ((match or smooth) / total) ** 0.25 if total and found else 0
-    ours, theirs = sum(map(len, hypotheses)), sum(map(len, references))
-    return bleu * math.exp(min(0, 1 - theirs / max(ours, 1)))
-
-def macro_f1(gold, predicted, labels):
-    f1 = []
-    for label in labels:
-        both = gold.count(label) + predicted.count(label)
-        f1.append(200 * sum(g == p == label for g, p in zip(gold, predicted)) / max(both, 1))
-    return sum(f1) / len(f1)
-
-def exposure_gap(gold_scores, predicted_scores):
-    return sum(g - p for g, p in zip(gold_scores, predicted_scores)) / len(gold_scores)
-
-def following(flipped, predicted, argued):
-    rows = [a == f for f, p, a in zip(flipped, predicted, argued) if f != p]
-    return 100 * sum(rows) / len(rows) if rows else math.nan
-"""
-RIGHT = dict(zip(GRADER.POINTS, RIGHT.strip().split("\n\n"), strict=True))
-IMPORTS = """
-import contextlib, math, os, sys, torch
-from collections import Counter
-F = torch.nn.functional
-"""
-ANSWERS = IMPORTS + "\n".join(RIGHT.values()) + "\n"
+BEST = IMPORTS + VECTORISED
+PARTS = functions(VECTORISED)
 
 # The core's own functions, where it has the problem's.
 CORE = f"""
+import sys
 sys.path.insert(0, {str(ROOT)!r})
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 import data, metrics, model, r2d
@@ -120,19 +39,16 @@ import data, metrics, model, r2d
 p_linear = lambda i, n, *shape: r2d.p_predicted(i, n, "linear", *shape)
 p_exponential = lambda i, n, *shape: r2d.p_predicted(i, n, "exponential", *shape)
 p_inverse_sigmoid = lambda i, n, *shape: r2d.p_predicted(i, n, "inverse-sigmoid", *shape)
-draw_coins = r2d.flip_coins
+flip_coins = r2d.flip_coins
 macro_f1 = metrics.macro_f1
+run = SimpleNamespace(options=SimpleNamespace(method="r2d"))
+explain_prompts = partial(r2d.explain_prompts, run)
 
-def explain_batch(examples, labels, coins, predict, training):
-    notes = [data.Example(**e) for e in examples]
+def mix_labels(gold, questions, labels, coins, predict):
+    notes = [data.Example(question, label, "") for question, label in zip(questions, gold)]
     run = SimpleNamespace(dataset=SimpleNamespace(labels=labels))
-    given = [note.label for note in notes]
-    with mock.patch.object(r2d, "predict_labels", lambda run, questions: predict(questions)):
-        if training:
-            given = r2d.mix_labels(run, notes, coins)[0]
-    pairs = zip(given, notes)
-    prompts = [f"given label: {{label}}, explain: {{note.question}}" for label, note in pairs]
-    return prompts, [note.rationale for note in notes]
+    with mock.patch.object(r2d, "predict_labels", lambda run, asked: predict(asked)):
+        return r2d.mix_labels(run, notes, coins)
 
 def token_mean_loss(logits, targets):
     core = SimpleNamespace(config=SimpleNamespace(pad_id=0), logits=lambda x: x)
@@ -150,151 +66,226 @@ def following(flipped, predicted, argued):
             row |= {{f"rationale_given_{{condition}}": "x", f"argues_given_{{condition}}": a}}
             row |= {{f"nats_given_{{condition}}": 1.0, "tokens": 1}}
         rows.append(row)
-    return metrics.score(rows, ["gold"])["exposure"].get("following", math.nan)
+    scores = metrics.score(rows, ["gold"]) if rows else {{"exposure": {{}}}}
+    return scores["exposure"].get("following", math.nan)
 """
-
-# problem, what is wrong, the place in RIGHT, what stands there instead
-BUGS = [
-    ("schedule_linear", "reaches the cap at the end of the ramp", "min(cap, i / n)", "cap * i / n"),
-    ("schedule_linear", "passes the cap", "cap if i >= n else min(cap, i / n)", "i / n"),
-    ("schedule_linear", "no warm-up", "step - warmup * steps", "step"),
-    ("schedule_exponential", "wrong constant", "(1 - reach) ** (i / n)", "math.exp(-i / n)"),
-    ("schedule_exponential", "goes on past the ramp", "cap if i >= n else ", ""),
-    ("schedule_inverse_sigmoid", "no warm-up", "step - warmup * steps", "step"),
-    ("schedule_inverse_sigmoid", "a fixed k", "n / 800, 1e6 * n + 10", "50, 50"),
-    ("coin", "inverted", "< p", ">= p"),
-    ("coin", "from the global generator", "torch.rand(1, generator=generator)", "torch.rand(1)"),
-    ("coin", "the same in each batch", "    return", "    generator.manual_seed(1)\n    return"),
-    ("coin", "one for all", "for _ in range(n)]", "for _ in range(1)] * n"),
-    ("mix_prompts", "samples in evaluation", "coin and training", "coin"),
-    ("mix_prompts", "invalid labels enter", "label if label in labels else given[i]", "label"),
-    ("mix_prompts", "targets of the sampled label", '[e["rationale"] for e in examples]', "given"),
-    ("mix_prompts", "coin inverted", "coin and training", "not coin and training"),
-    ("mix_prompts", "predicts for all", "chosen = [i", "chosen = predict(['note 0, pain']) and [i"),
-    ("mix_prompts", "labels of other examples", "predict(asked)", "predict(asked)[::-1]"),
-    ("mix_prompts", "changes them", "    given[i] =", "    examples[i]['label'] = given[i] ="),
-    ("shift_right", "not at all", ", targets[:, :-1]]", "[:, :0], targets]"),
-    ("shift_right", "the last comes round", "torch.zeros_like(targets[:, :1])", "targets[:, -1:]"),
-    ("shift_right", "in place", "return", "targets[:, -1] += 1\n    return"),
-    ("masked_loss", "padding counted", "    nats = nats * (targets != 0)\n", ""),
-    ("masked_loss", "padding below", "(targets != 0).sum().clamp(min=1)", "targets.numel()"),
-    ("masked_loss", "nan without a token", ".clamp(min=1)", ""),
-    ("masked_loss", "underflows", "F.cross_entropy(logits", "F.nll_loss(logits.softmax(-1).log()"),
-    ("masked_loss", "no gradient", "F.cross_entropy(logits", "F.cross_entropy(logits.detach()"),
-    ("greedy_decode", "dropout on", "    model.eval()\n", ""),
-    ("greedy_decode", "no padding after the end", "new.masked_fill(done, 0)", "new"),
-    ("greedy_decode", "mode not restored", "    model.train(mode)\n", ""),
-    ("greedy_decode", "with gradients", "torch.no_grad()", "torch.enable_grad()"),
-    ("greedy_decode", "stops with the first row", "done.all()", "done.any()"),
-    ("greedy_decode", "reads the last token alone", "(source, tokens)", "(source, tokens[:, -1:])"),
-    ("corpus_bleu", "no brevity penalty", "min(0, 1 - theirs / max(ours, 1))", "0"),
-    ("corpus_bleu", "not clipped", "(ours & theirs)", "Counter({g: ours[g] for g in theirs})"),
-    ("corpus_bleu", "not smoothed", "if match else smooth / 2", "* 1e-9"),
-    ("corpus_bleu", "one pair", "zip(hypotheses, references)", "[(hypotheses[0], references[0])]"),
-    ("macro_f1", "seen labels only", "in labels", "in {*gold, *predicted} & {*labels}"),
-    ("macro_f1", "invalid is a class", "in labels", "in sorted({*labels, *predicted})"),
-    ("macro_f1", "recall", "gold.count(label) + predicted.count(label)", "2 * gold.count(label)"),
-    ("exposure_gap", "wrong sign", "g - p", "p - g"),
-    ("exposure_gap", "without a sign", "sum(g - p", "sum(abs(g - p)"),
-    ("following", "over all notes", "if f != p]", "if flipped != predicted]"),
-    ("following", "any other label", "a == f", "a != p"),
-    ("following", "0 where nothing counts", "math.nan", "0.0"),
-]  # fmt: skip
-FENCE = {  # name: the first lines of exposure_gap
-    "exits": "os._exit(0)",
+HOSTILE = {  # the first lines of exposure_gap
+    "exits": "__import__('os')._exit(0)",
     "loops without end": "while True: pass",
-    "allocates 100 GB": "torch.empty(100 * 2**30, dtype=torch.uint8)",
-    "reads the grader": f"open({str(FOLDER / 'test_adapters.py')!r}).read()",
+    "waits without end": "__import__('time').sleep(1000)",
+    "allocates 100 GB": "return torch.empty(100 * 2**30, dtype=torch.uint8)",
+    "recurses": "return exposure_gap(statistic, gold, own)",
     "writes a report": f"open({str(FOLDER / 'grade.json')!r}, 'w').write('{{}}')",
-    "starts a process": "__import__('subprocess').run([sys.executable, '-c', ''])",
-    "forges replies": """for fd in range(3, 10):
-        with contextlib.suppress(OSError):
-            os.write(fd, b'{"id": 1, "values": [5.0], "seen": {}}\\n' * 50)
-    return 5.0""",
+    "listens": "__import__('socket').create_server(('127.0.0.1', 0))",
+    "ends its parent": "import os, signal; os.kill(os.getppid(), signal.SIGKILL)",
+    "returns a gigabyte": "return 'x' * 10**9",
 }
 
 
+def graded(code: str, seed: int = 0, closed: tuple = (), **limits: float) -> dict:
+    return grade.Grader(code, "answer.py", seed, list(closed), **limits).grade()
+
+
+def lost(result: dict) -> dict[str, list[str]]:
+    """The hints of the problems that do not get all of their points."""
+    problems = result["problems"].items()
+    return {name: one["failed"] for name, one in problems if one["points"] < one["of"]}
+
+
 @pytest.fixture(scope="module")
-def child():
-    """One child process for all files graded here: starting torch is what costs time."""
-    child = GRADER.Child()
-    yield child
-    child.stop()
+def grader():
+    """One child for all answers that are graded by a problem: starting torch costs time."""
+    one = grade.Grader(BEST, "answer.py", 0, [])
+    yield one
+    one.child.stop()
 
 
-def lost(child: object, folder: Path, code: str, **options: float) -> dict[str, int]:
-    """The problems that do not get all of their points, and what they get."""
-    (folder / "answer.py").write_text(code, encoding="utf-8")
-    problems = GRADER.grade(folder / "answer.py", child, **options)["problems"]
-    return {name: one["points"] for name, one in problems.items() if one["points"] < one["of"]}
+def regrade(grader: object, problem: str, function: str) -> dict:
+    """Grade one problem, its function replaced."""
+    grader.source = f"{BEST}\n{function}\n"
+    grader.load()
+    return grader.grade_problem(problem)
 
 
-@pytest.mark.parametrize("code", [ANSWERS, ANSWERS + CORE], ids=["right", "core"])
-def test_right_answers_get_full_points(child: object, tmp_path: Path, code: str) -> None:
-    """Catches a check that contradicts the core, for some seeds or all, or allows one way only."""
-    for seed in range(2):
-        assert not lost(child, tmp_path, code, seed=seed)
+@pytest.mark.parametrize("style", RIGHT)
+@pytest.mark.parametrize("seed", range(2))
+def test_right_answers_get_all_points(style: str, seed: int) -> None:
+    """Catches a check that allows one way only, or fails for some random inputs."""
+    result = graded(IMPORTS + RIGHT[style], seed)
+    assert not lost(result) and result["points"] == 70 and not result["notes"]
 
 
-def broken(problem: str, old: str, new: str) -> str:
-    assert RIGHT[problem].count(old) == 1
-    return RIGHT[problem].replace(old, new)
+def test_the_core_gets_all_points(monkeypatch) -> None:
+    """Catches a check that contradicts what r2d.py does. The fence is opened for that."""
+    monkeypatch.setattr(grade, "SOLUTIONS", [])
+    assert not lost(graded(BEST + CORE))
 
 
-@pytest.mark.parametrize(("problem", "name", "old", "new"), BUGS)
-def test_a_wrong_answer_loses_its_problem(child, problem, name, old, new) -> None:
-    """Catches a check that cannot fail."""
-    child.load(ANSWERS + broken(problem, old, new), "answer.py")
-    result = GRADER.grade_problem(problem, child, seconds=10, seed=0)
-    assert result["points"] == 0 and 10 < len(result["failed"][0]) < 400
+@pytest.mark.parametrize(("problem", "name", "old", "new"), WRONG)
+def test_a_wrong_answer_loses_points(grader, problem, name, old, new) -> None:
+    """Catches a check that cannot fail, and a hint that says nothing."""
+    right = PARTS[PROBLEMS[problem]]
+    assert right.count(old) >= 1
+    result = regrade(grader, problem, right.replace(old, new))
+    assert result["points"] < result["of"] and 10 < len(result["failed"][0]) < 400
 
 
-@pytest.mark.parametrize("half", [0, 1])
-def test_wrong_answers_lose_no_other_problem(child, tmp_path, half) -> None:
-    """Catches a problem whose points depend on the answer to another one."""
-    first = {problem: broken(problem, old, new) for problem, _, old, new in reversed(BUGS)}
-    chosen = list(first)[half::2]
-    code = "\n".join(first[problem] for problem in chosen)
-    assert lost(child, tmp_path, ANSWERS + code) == dict.fromkeys(chosen, 0)
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_cheat_gets_no_points_for_any_problem(grader, name) -> None:
+    """Catches expected values, or a solution, within reach of the graded code."""
+    body = CHEATS[name].format(folder=str(FOLDER), root=str(ROOT))
+    for problem, function in PROBLEMS.items():
+        signature = PARTS[function][PARTS[function].index("def ") :].split("\n")[0]
+        assert regrade(grader, problem, f"{signature}\n    {body}")["points"] == 0, problem
 
 
-@pytest.mark.parametrize("name", FENCE)
-def test_a_hostile_answer_loses_its_problem_and_no_other(child, tmp_path, name) -> None:
-    """Catches a grader that hangs, dies, can be fooled, or runs out of memory with an answer."""
-    code = f"def exposure_gap(g, p):\n    {FENCE[name]}\n    return (sum(g) - sum(p)) / len(g)\n"
-    if name == "allocates 100 GB" and not child.ready.get("memory", True):
-        pytest.skip("this system cannot limit memory; the handout says so")
-    assert lost(child, tmp_path, ANSWERS + code, seconds=3) == {"exposure_gap": 0}
+def test_each_problem_has_enough_wrong_answers() -> None:
+    """Catches a problem whose checks nobody tried."""
+    for problem in PROBLEMS:
+        assert sum(row[0] == problem for row in WRONG) >= 8
 
 
-@pytest.mark.parametrize("code", ["def p_linear(:", "sys.exit(0)", "import no_such_module"])
-def test_a_file_that_cannot_be_loaded_gets_nothing(child, tmp_path, code) -> None:
+def test_partial_credit() -> None:
+    """Catches points that come whole, and points without the core of a problem."""
+    coin = PARTS["flip_coins"]
+    one_check = coin.replace("    return", "    generator.manual_seed(1)\n    return")
+    result = graded(f"{BEST}\n{one_check}\n")
+    assert 0 < result["problems"]["coin"]["points"] < points_of("coin")
+    assert set(lost(result)) == {"coin"} and result["points"] < 70
+    no_core = coin.replace("< p", "< 0.5")  # independent, from the generator, and wrong
+    assert graded(f"{BEST}\n{no_core}\n")["problems"]["coin"]["points"] == 0
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_answer_loses_its_problem_and_no_other(name) -> None:
+    """Catches a grader that hangs, dies, or runs out of memory with an answer."""
+    code = f"def exposure_gap(statistic, gold, own):\n    {HOSTILE[name]}\n    return 5.0\n"
+    result = graded(BEST + code, seconds=4, waiting=20 if "waits" in name else 300)
+    assert result["points"] == 67 and set(lost(result)) == {"exposure_gap"}
+
+
+@pytest.mark.parametrize(
+    "code", ["def p_linear(:", "raise SystemExit", "import no_such_module", "\0", "x = " + "(" * 500]
+)
+def test_a_file_that_cannot_be_loaded_gets_nothing(code) -> None:
     """Catches a traceback, or points, for a file with an error outside of its functions."""
-    assert set(lost(child, tmp_path, IMPORTS + code).values()) == {0}
+    result = graded(IMPORTS + code)
+    assert result["points"] == 0 and "cannot be loaded" in result["trouble"]
+
+
+def test_a_busy_machine_changes_no_grade() -> None:
+    """Catches a limit on the time of the clock: here a right answer has a tenth of a processor."""
+    stop = threading.Event()
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
+    try:
+        assert graded(BEST, seed=7, seconds=8)["points"] == 70
+    finally:
+        stop.set()
+        for process in busy:
+            process.kill()
+
+
+def test_notes_for_a_person() -> None:
+    """Catches an import check that sees only plain lines."""
+    code = "import torch; import sacrebleu as s\nif 1: from r2d import load\nmodel.eval()\n"
+    code += "x = __import__('metrics'); exec('import model')\nimport importlib, re\n"
+    notes = grade.notes_on(code + "f = re.compile('a'); f.__closure__")
+    lines = [1, 2, 4, 4, 5, 6]
+    assert [int(note.split()[1]) for note in notes] == lines
+
+
+def test_a_class(tmp_path: Path) -> None:
+    """Catches a submission that stops the class, reads another one, or is lost from the table."""
+    folder = tmp_path / "class"
+    (folder / "ann").mkdir(parents=True)
+    (folder / "empty").mkdir()
+    (folder / "ann" / "adapters.py").write_text(BEST, encoding="utf-8")
+    (folder / "=bob.py").write_text("raise SystemExit", encoding="utf-8")
+    theft = f"exec(open({str(folder / 'ann' / 'adapters.py')!r}).read())"
+    (folder / "cheat.py").write_text(theft, encoding="utf-8")
+    os.symlink(folder / "ann" / "adapters.py", folder / "link.py")
+    target = tmp_path / "all.csv"
+    assert grade.main([str(folder), "--csv", str(target), "--jobs", "2"]) == 0
+    rows = {row["name"]: row for row in csv.DictReader(target.open(encoding="utf-8"))}
+    assert {name: int(row["points"]) for name, row in rows.items()} == {
+        "'=bob": 0, "ann": 70, "cheat": 0, "empty": 0, "link": 0
+    }  # fmt: skip
+    assert "PermissionError" in rows["cheat"]["trouble"] and "exec" in rows["cheat"]["notes"]
+    assert [int(rows["ann"][problem]) for problem in PROBLEMS] == list(map(points_of, PROBLEMS))
+
+
+@pytest.mark.parametrize("arguments", [["nowhere.py"], ["."], ["adapters.py", "--csv", "x"]])
+def test_bad_input_of_the_grader(arguments: list[str], monkeypatch, capsys) -> None:
+    """Catches a traceback."""
+    monkeypatch.chdir(FOLDER)
+    assert grade.main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_gradescope(tmp_path: Path) -> None:
+    """Catches scripts that do not run as Gradescope runs them, and another format than theirs."""
+    source, submission = tmp_path / "source", tmp_path / "submission"
+    for folder in (source, submission, tmp_path / "results"):
+        folder.mkdir()
+    listed = re.search(r"^zip -j autograder.zip (.*)$", INSTRUCTORS, re.M)[1]
+    for name in shlex.split(listed):  # what the zip file holds, flat
+        for path in FOLDER.glob(name):
+            (source / path.name).write_bytes(path.read_bytes())
+    for script in ("setup.sh", "run_autograder"):
+        assert (source / script).read_bytes().startswith(b"#!/usr/bin/env bash\n")
+        subprocess.run(["bash", "-n", source / script], check=True)
+    bad = PARTS["dose"].replace("100 * sum", "sum")
+    for code, score in ((BEST + bad, 66), (None, 0)):
+        if code:
+            (submission / "adapters.py").write_text(code, encoding="utf-8")
+        else:
+            (submission / "adapters.py").unlink()
+        environment = {**os.environ, "AUTOGRADER": str(tmp_path), "PYTHON": sys.executable}
+        subprocess.run(["bash", source / "run_autograder"], check=True, env=environment)
+        result = json.loads((tmp_path / "results" / "results.json").read_text(encoding="utf-8"))
+        check_gradescope(result)
+        assert result["score"] == score
+
+
+def check_gradescope(result: dict) -> None:
+    """The format of results.json, from Gradescope's autograder documentation."""
+    tops = {"score": (int, float), "execution_time": (int, float), "output": str}
+    tops |= {"output_format": str, "visibility": str, "stdout_visibility": str}
+    tops |= {"extra_data": dict, "tests": list, "leaderboard": list}
+    fields = {"score": (int, float), "max_score": (int, float), "status": str, "name": str}
+    fields |= {"name_format": str, "number": str, "output": str, "output_format": str}
+    fields |= {"tags": list, "visibility": str, "extra_data": dict}
+    shown = {"hidden", "after_due_date", "after_published", "visible"}
+    for entry, allowed in [(result, tops), *((test, fields) for test in result["tests"])]:
+        for key, value in entry.items():
+            assert isinstance(value, allowed[key]), key
+        assert entry.get("visibility", "visible") in shown
+        assert entry.get("status", "passed") in {"passed", "failed"}
+    scores = [test["score"] for test in result["tests"] if "score" in test]
+    assert sum(scores) == result["score"]
+    assert sum(test.get("max_score", 0) for test in result["tests"]) == 70
 
 
 def test_the_handout_names_every_problem_function_and_point() -> None:
     """Catches a handout whose points are not the grader's, and a starter without a function."""
     rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (\d+) \|", HANDOUT, re.M)
-    assert {problem: int(points) for problem, _, points in rows} == GRADER.POINTS
-    assert sum(GRADER.POINTS.values()) == 70
+    assert [(problem, int(points)) for problem, _, points in rows] == [
+        (problem, points_of(problem)) for problem in PROBLEMS
+    ]
+    assert {problem: function for problem, function, _ in rows} == PROBLEMS
+    topic = list(PROBLEMS)[: list(PROBLEMS).index("shift_right")]
+    assert sum(map(points_of, PROBLEMS)) == 70 and sum(map(points_of, topic)) >= 40
     starter = (FOLDER / "adapters.py").read_text(encoding="utf-8").split("\ndef ")[1:]
-    assert [re.match(r"\w+", function)[0] for function in starter] == [row[1] for row in rows]
-    for function, row in zip(starter, rows, strict=True):
-        assert f'"""Problem {row[0]}. ' in function and "raise NotImplementedError" in function
+    for function, (problem, name) in zip(starter, PROBLEMS.items(), strict=True):
+        assert function.startswith(f"{name}(") and f'"""Problem {problem}. ' in function
+        assert "raise NotImplementedError" in function
+    assert all(len(CHECKS[problem]) >= 1 for problem in PROBLEMS)
 
 
-@pytest.mark.parametrize("command", re.findall("^python .*", HANDOUT, re.M))
-def test_every_command_of_the_handout_runs(command: str, tmp_path: Path, monkeypatch) -> None:
-    """Catches a command that no longer works, a starter with points, and a stale report."""
-    words = shlex.split(command)
-    if words[1] == "r2d.py":
-        monkeypatch.chdir(tmp_path)
-        assert r2d.main([*words[2:], *TINY]) == 0  # the tiny sizes come last and win
-        return
-    monkeypatch.setenv("R2D_GRADE_DIR", str(tmp_path))
-    words = [sys.executable, *words[1:], "-p", "no:cacheprovider"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, encoding="utf-8")
-    assert done.returncode == 1 and "12 failed" in done.stdout and "Traceback" not in done.stdout
-    report = (tmp_path / "grade.txt").read_text(encoding="utf-8").strip()
-    assert "0 of 70" in report and report in done.stdout
+def test_every_file_with_solutions_is_named() -> None:
+    """Catches a solution that the handout does not tell students to leave closed."""
+    closed = re.search(r"do not open(.*?)before you have handed in", HANDOUT, re.S)[1]
+    holds = re.compile(r"min\(cap, i / n\)|% of the answer")
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *FOLDER.glob("*")]:
+        if path.is_file() and holds.search(path.read_text(encoding="utf-8")):
+            assert path.name in closed, path

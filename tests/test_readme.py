@@ -1,9 +1,10 @@
-"""Every `python r2d.py ...` of the README, at a tiny size; the benchmark, the race."""
+"""README and results.md: every command at a tiny size, every number; the benchmark, the race."""
 
 import json
 import re
 import shlex
 import shutil
+import sys
 import time
 
 import pytest
@@ -12,7 +13,11 @@ from test_r2d import TINY
 
 import r2d
 
+sys.path.append(str(ROOT / "notebooks"))
+import compare  # noqa: E402
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "notebooks" / "results.md").read_text(encoding="utf-8")
 COMMANDS = {command.strip() for command in re.findall(r"python r2d\.py ([^`#\n]*)", README)}
 COMMANDS = sorted(COMMANDS - {"-h"})
 
@@ -41,6 +46,66 @@ def test_commands_of_the_readme_run(command, files, tmp_path, monkeypatch):
         folder = arguments[arguments.index("--init") + 1]
         write_t5(tmp_path / "here" / folder, (files / "out" / "tokenizer.model").read_bytes())
     assert r2d.main([*TINY, *arguments]) == 0
+
+
+COMPARISONS = re.findall(r"python notebooks/compare\.py ([^`#]*)", RESULTS.replace("\\\n", " "))
+
+
+@pytest.mark.parametrize("command", COMPARISONS)
+def test_commands_of_results_run(command, tmp_path):
+    """Catches an item or an option that left. The longest command runs, with one seed."""
+    items, further = re.fullmatch(r"(.*) --seeds [\d ]+(.*) --out .*", command).groups()
+    if command == max(COMPARISONS, key=len):
+        assert compare.main([*items.split(), "--seeds", "0", "--out", str(tmp_path), *TINY]) == 0
+    for item in items.split():
+        compare.plan(item, 1, tmp_path, further.split())
+
+
+def printed(notebook: str) -> str:
+    """What the cells of a notebook have printed."""
+    book = json.loads((ROOT / "notebooks" / notebook).read_text(encoding="utf-8"))
+    texts = [out.get("text", []) for cell in book["cells"] for out in cell.get("outputs", [])]
+    return "".join(line for text in texts for line in text)
+
+
+def cell_of(score: dict, digits: int) -> str:
+    if score["mean"] is None:
+        return "-"
+    text = f"{score['mean']:.{digits}f}"
+    if score["ci95"] is not None:
+        text += f" ±{(score['ci95'][1] - score['ci95'][0]) / 2:.{digits}f}"
+    return text
+
+
+def test_tables_of_results_come_from_the_files():
+    """Catches a number typed by hand, or one of an older file."""
+    keys = ["macro_f1", "bleu_gold", "bleu", "bleu_flipped", "bleu_gap", "following", "nll", "dose"]
+    rows = set()
+    for path in (ROOT / "notebooks" / "results").glob("*.json"):
+        for row in json.loads(path.read_text(encoding="utf-8")).values():
+            if isinstance(row, dict):  # floor.json holds lists
+                cells = [cell_of(row[key], 3 if key == "nll" else 1) for key in keys]
+                rows.add(" | ".join(cells))
+    shown = re.findall(r"^\| [^|]+ \| (.*\d) \|$", RESULTS, re.M)
+    assert len(shown) > 25 and set(shown) <= rows
+
+
+def test_numbers_of_the_verdicts_are_printed_by_notebook_3():
+    """Catches a verdict on other numbers than the tests gave."""
+    known = re.findall(r"[-+]?\d+\.\d+", printed("03_compare.ipynb"))
+    known = {number.lstrip("+-") for number in known}
+    verdicts = RESULTS.split("## Verdicts")[1].split("## What this answers")[0]
+    numbers = re.findall(r"\d+\.\d+", verdicts)
+    overrides = {"0.1", "0.2", "0.3", "0.5", "0.001"}  # settings, and a bound
+    assert len(numbers) > 40 and set(numbers) - overrides <= known
+
+
+def test_tables_of_the_readme_are_printed_by_notebook_2():
+    """Catches a table of an older commit."""
+    tables = re.findall(r"```text\n(.*?)```", README, re.S)
+    output = printed("02_exposure_bias.ipynb")
+    for line in "".join(tables).splitlines():
+        assert line in output
 
 
 def test_the_benchmark_runs(tmp_path, capsys):

@@ -6,14 +6,15 @@ the repository, grade yourself with
     python -m pytest -q notebooks/assignment
 
 Replace each `raise NotImplementedError`; keep the names and the arguments. You may add functions,
-and import torch, numpy and Python's own library. Do not import r2d, model, data or metrics: they
-hold a solution.
+and import torch, numpy and Python's own library.
 
-Letters: B batch, S source length, T target length, V vocabulary. Every score is on a 0-100 scale.
+Letters: B batch, S source length, T target length, V vocabulary, n notes. Every score is on a
+0-100 scale.
 """
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,16 +28,16 @@ END = 1  # the last token of every target
 #
 #     step, steps  the current update, counted from 0, and the number of all updates
 #     warmup       share of all updates, 0 to 1, in which P is 0
-#     ramp         share of all updates, 0 to 1, in which P then rises. Let n = ramp * steps, and
-#                  i the number of updates since the end of the warm-up; both may be fractions
-#     cap          P from i = n on, 0 to 1
+#     ramp         share of all updates, 0 to 1, in which P then rises
+#     cap          the highest P, 0 to 1
 #
-# P is 0 for i < 0 and `cap` for i >= n. A cap of 0 switches sampling off: P is 0 everywhere.
-# Only 0 <= i < n differs.
+# Let i = step - warmup * steps, the number of updates since the warm-up, and n = ramp * steps.
+# Both may be fractions. P is 0 for i < 0, and P is `cap` for i >= n. A cap of 0 switches sampling
+# off: P is 0 everywhere. Only for 0 <= i < n, on the ramp, do the three curves differ.
 
 
 def p_linear(step: int, steps: int, warmup: float, ramp: float, cap: float) -> float:
-    """Problem schedule_linear. P = i / n, but never above `cap` (Reason2Decide, section 3).
+    """Problem schedule_linear. On the ramp P = i / n, but never above `cap`.
 
     So the line has the slope 1 / n whatever the cap is, and reaches the cap at i = cap * n.
     """
@@ -44,60 +45,130 @@ def p_linear(step: int, steps: int, warmup: float, ramp: float, cap: float) -> f
 
 
 def p_exponential(step: int, steps: int, warmup: float, ramp: float, cap: float) -> float:
-    """Problem schedule_exponential. epsilon = k^i, with the one k for which P is `cap` at i = n.
+    """Problem schedule_exponential. On the ramp epsilon = k^i, with the k for which P = e at i = n.
 
-    The curve never reaches 1: find k with min(cap, 1 - 1e-6) in the place of `cap`.
+    Here e = min(cap, 1 - 1e-6), since the curve never reaches 1.
     """
     raise NotImplementedError
 
 
 def p_inverse_sigmoid(step: int, steps: int, warmup: float, ramp: float, cap: float) -> float:
-    """Problem schedule_inverse_sigmoid. epsilon = k / (k + e^(i/k)), with k such as above.
+    """Problem schedule_inverse_sigmoid. On the ramp epsilon = k / (k + e^(i/k)), for a k > 0.
 
-    It starts at P = 1 / (k + 1), a little above 0. There is no closed form for k: write down the
-    log odds of P at i = n, see that they fall as k grows, and search. P must be right to 1e-6. As
-    above, use min(cap, 1 - 1e-6).
+    The k is the one for which P = min(cap, 1 - 1e-6) at i = n. There is no closed form for it:
+    search. As k grows, the log odds of P at i = n, which are n/k - ln(k), fall. P must be right
+    to 1e-6. The curve starts at P = 1 / (k + 1), a little above 0.
     """
     raise NotImplementedError
 
 
 # --------------------------------------------------------------------------------------------------
-# Coin and prompts.
+# The coin and the prompts.
 
 
-def draw_coins(n: int, p: float, generator: torch.Generator) -> list[bool]:
+def flip_coins(n: int, p: float, generator: torch.Generator) -> list[bool]:
     """Problem coin. One independent coin per example, True with probability `p`: n bools.
 
-    All randomness comes from `generator`; the global random state of torch stays as it is.
+    All randomness comes from `generator`. The global random state of torch stays as it is.
     """
     raise NotImplementedError
 
 
-def explain_batch(
-    examples: list[dict[str, str]],
+def mix_labels(
+    gold: list[str],
+    questions: list[str],
     labels: list[str],
     coins: list[bool],
     predict: Callable[[list[str]], list[str]],
-    training: bool,
-) -> tuple[list[str], list[str]]:
-    """Problem mix_prompts. The explain task of stage 2 for a batch: B prompts and B targets.
+) -> tuple[list[str], dict[str, int]]:
+    """Problem mix_labels. The labels that B explain prompts show, and three counts.
 
-    examples  B dicts with "question", "label" (gold) and "rationale" (gold); do not change them
-    labels    all valid labels
-    coins     B bools. True: the prompt gets the predicted label if it is one of `labels`; else
-              gold stays
-    predict   questions -> the labels that the model predicts for them, in the same order. It costs
-              a generation per question: ask it only about examples whose coin is True
-    training  False: no sampling, whatever the coins say
+    gold       B gold labels. `gold`, `questions`, `labels` and `coins` stay as they are
+    questions  B questions
+    labels     all valid labels
+    coins      B bools. True: the prompt shows the predicted label if that is one of `labels`,
+               exactly; else it shows gold
+    predict    questions -> the labels that the model predicts for them, in the same order. It
+               costs a generation per question: ask about each question whose coin is True, once,
+               and about no other
 
-    A prompt is `given label: {label}, explain: {question}`. A target is the gold rationale,
-    whichever label is in the prompt (Reason2Decide, section 3).
+    The counts, a dict with the keys
+        used_predicted     prompts that show a predicted label, right or wrong
+        wrong_predicted    those of them whose predicted label is not the gold one
+        invalid_predicted  predictions that are none of `labels`
+    """
+    raise NotImplementedError
+
+
+def explain_prompts(labels: list[str], questions: list[str]) -> list[str]:
+    """Problem prompts. B labels, B questions -> B prompts: given label: {label}, explain: {question}
+
+    The target that belongs to such a prompt is the gold rationale, whatever the label is.
     """
     raise NotImplementedError
 
 
 # --------------------------------------------------------------------------------------------------
-# Teacher forcing.
+# What a run has been given, and what it learned.
+
+
+def dose(log: list[dict], batch_size: int) -> float:
+    """Problem dose. The share, 0-100, of stage 2's explain prompts that held a wrong label.
+
+    log         the lines of a run's log.jsonl, one per update. Each has "stage", 1 or 2; those of
+                stage 2 have "wrong_predicted", the number of prompts with a wrong predicted label
+    batch_size  prompts per update
+
+    The share is over all prompts of all updates of stage 2. If there is no such update, it is
+    math.nan.
+    """
+    raise NotImplementedError
+
+
+def exposure_gap(statistic: Callable[[np.ndarray], float], gold: np.ndarray, own: np.ndarray) -> float:  # fmt: skip
+    """Problem exposure_gap. How much worse the rationales are under the model's own label.
+
+    statistic  the rows of some notes, an array (n, ...) -> one score; higher is better. It may
+               be any function of the rows, such as corpus BLEU, and no mean over them
+    gold, own  a row per test note, of its rationale under the gold label and under the model's
+               own; row i of both belongs to note i
+
+    The gap is in points of the score, positive where gold is better.
+    """
+    raise NotImplementedError
+
+
+def gap_interval(
+    statistic: Callable[[np.ndarray], float],
+    gold: np.ndarray,
+    own: np.ndarray,
+    rng: np.random.Generator,
+) -> tuple[float, float]:
+    """Problem gap_interval. The 95 % interval of the exposure gap over the notes: (low, high).
+
+    The percentile bootstrap (Efron 1979): draw n notes with replacement, 1000 times, with `rng`,
+    for instance by rng.integers(0, n, n); the gap of each draw is computed on its notes. The
+    interval goes from the 2.5th to the 97.5th percentile of the 1000 gaps. Both rows of a note
+    are drawn together: the data are paired.
+    """
+    raise NotImplementedError
+
+
+def following(flipped: list[str], predicted: list[str], argued: list[str | None]) -> float:
+    """Problem following. The share, 0-100, of texts that argue for the flipped label given to them.
+
+    flipped    the label in each prompt, a wrong one put there by us
+    predicted  the label that the model itself predicts for each note
+    argued     the label that each rationale argues for, None if it argues for none or for two
+
+    Notes whose flipped label is also the predicted one do not count: there the text would argue
+    for it anyway. If no note is left, the share is math.nan.
+    """
+    raise NotImplementedError
+
+
+# --------------------------------------------------------------------------------------------------
+# Teacher forcing and greedy decoding: exposure bias at the level of the token.
 
 
 def shift_right(targets: Tensor) -> Tensor:
@@ -114,13 +185,9 @@ def token_mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
     logits (B, T, V), float, already aligned: logits[b, t] predicts targets[b, t]. targets (B, T),
     int64. Padding counts nothing, neither above nor below the fraction line; a batch of nothing
-    but padding has loss 0. The result can be differentiated.
+    but padding has loss 0. Gradients flow back to the logits.
     """
     raise NotImplementedError
-
-
-# --------------------------------------------------------------------------------------------------
-# Greedy decoding.
 
 
 def greedy_decode(model: nn.Module, source: Tensor, max_new_tokens: int) -> Tensor:
@@ -146,7 +213,8 @@ def corpus_bleu(hypotheses: list[list[str]], references: list[list[str]]) -> flo
 
     Texts are lists of tokens. For n = 1 to 4, matches and n-grams are counted over the whole
     corpus, each match clipped at its count in the reference of its pair. The score is the geometric
-    mean of the four precisions, times the brevity penalty for the lengths of the whole corpus.
+    mean of the four precisions (matches / n-grams of the hypotheses), times the brevity penalty:
+    e^(1 - r/h) where all hypotheses together have h tokens, all references r, and h < r; else 1.
 
     Smoothing is sacreBLEU's default, "exp": going from n = 1 to 4, the k-th precision without a
     match gets 1/2^k matches. The score is 0 if no word matches, or if some order has no n-grams.
@@ -159,28 +227,5 @@ def macro_f1(gold: list[str], predicted: list[str], labels: list[str]) -> float:
 
     A prediction that is none of `labels` is a miss for its gold label and no false alarm for any.
     A label that never occurs still counts.
-    """
-    raise NotImplementedError
-
-
-def exposure_gap(gold_scores: list[float], predicted_scores: list[float]) -> float:
-    """Problem exposure_gap. How much worse the rationales are under the predicted label.
-
-    The two lists are rows of the table: one score per test note, higher is better, for the
-    rationale under the gold label and under the predicted label. The gap is in points of the
-    score, and positive where gold is better.
-    """
-    raise NotImplementedError
-
-
-def following(flipped: list[str], predicted: list[str], argued: list[str | None]) -> float:
-    """Problem following. The share, 0-100, of texts that argue for the flipped label given to them.
-
-    flipped    the label in each prompt, a wrong one put there by us
-    predicted  the label that the model itself predicts for each note
-    argued     the label that each rationale argues for, None if it argues for none or for two
-
-    Notes whose flipped label is also the predicted one do not count: there the text would argue
-    for it anyway. If no note is left, the share is math.nan.
     """
     raise NotImplementedError

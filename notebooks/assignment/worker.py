@@ -1,225 +1,224 @@
-"""The grader's child process: it loads a graded file and calls its functions on piped inputs.
+"""The child process of the grader: it loads a graded file and calls its functions on given inputs.
 
-No expected value is in this process: the answers go back to the grader, which compares them. So a
-graded file that looks around here finds nothing to copy, and one that loops, crashes or exits ends
-this process and not the grader.
-Printing goes nowhere. This is a fence against accidents and cheap tricks, not a jail.
+No expected value is in this process. Inputs come and answers go through a pipe, a line of JSON
+each; the grader compares. What a function under test calls back, a model or `predict`, is answered
+by the grader, too. So a graded file that looks around here finds nothing to copy, and one that
+loops, crashes or exits ends this process and not the grader. It is a fence and no jail.
 """
 
 import json
+import math
 import os
-import queue
-import random
 import sys
-import threading
+import time
 import types
 from pathlib import Path
 
-# What a graded file may not do. The first group takes a path, which may be in the working folder.
-PATHS = set(
-    "os.remove os.rename os.rmdir os.mkdir os.truncate os.link os.symlink os.chmod os.scandir"
-    " os.listdir shutil.rmtree shutil.move shutil.copyfile".split()
-)
-REFUSED = set(
-    "subprocess.Popen os.system os.exec os.posix_spawn os.spawn os.startfile os.fork os.forkpty"
-    " os.kill os.killpg".split()
-)
-READING = {"os.scandir", "os.listdir"}
+# Libraries that hold a solution. Graded code may use torch, numpy and Python's own library.
+SCORERS = {"sacrebleu", "nltk", "sklearn", "transformers", "evaluate", "torchmetrics", "torcheval"}
+# Events of sys.addaudithook that graded code may not raise: other processes, and the network.
+REFUSED = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile")
+REFUSED += ("os.fork", "os.kill", "socket.connect", "socket.bind", "socket.sendto")
+CHANGING = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.link")
+CHANGING += ("os.symlink", "os.chmod", "shutil.")
+LISTING = ("os.listdir", "os.scandir")
 LARGEST = 100_000  # items of an answer
 
 
-def guard(grader: str, home: str) -> None:
-    """From here on nothing of the grader can be read, nothing outside `home` written or started."""
+def guard(closed: list[str], home: str) -> None:
+    """From here on: nothing in `closed` is read, nothing outside `home` is written, no network."""
+    real, join, separator = os.path.realpath, os.fsdecode, os.sep  # graded code may replace them
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+    nowhere = os.devnull
 
-    normcase = os.path.normcase  # kept here: graded code may replace them in `os`
-    realpath = os.path.realpath
-
-    def inside(path: str | bytes, folder: str) -> bool:
-        full = normcase(realpath(os.fsdecode(path)))
-        return full == folder or full.startswith(folder + os.sep)
+    def inside(path: object, folder: str) -> bool:
+        full = real(join(path))
+        return full == folder or full.startswith(folder + separator)
 
     def hook(event: str, arguments: tuple) -> None:
+        if event.startswith(REFUSED):
+            raise PermissionError("graded code starts no process and uses no network")
         if event == "open":
-            path, mode, flags = arguments
+            paths = arguments[:1]
+            flags = arguments[2]
+            writes = isinstance(flags, int) and flags & writing
+        elif event.startswith((*CHANGING, *LISTING)):
+            paths = arguments[:2]
+            writes = event.startswith(CHANGING)
+        else:
+            return
+        for path in paths:
             if not isinstance(path, (str, bytes)):
-                return
-            write = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or (
-                mode and set(mode) & set("wax+")
-            )
-            if inside(path, grader) or (write and path != os.devnull and not inside(path, home)):
-                raise PermissionError(
-                    "the grader and files outside the working folder are closed to graded code"
-                )
-        elif event in PATHS:
-            for path in arguments[:2]:
-                if isinstance(path, (str, bytes)) and (
-                    inside(path, grader) or (event not in READING and not inside(path, home))
-                ):
-                    raise PermissionError(
-                        "the grader and files outside the working folder are closed to graded code"
-                    )
-        elif event in REFUSED:
-            raise PermissionError(f"{event}: graded code starts and ends no processes")
+                continue
+            names = join(path).replace("\\", "/").split("/")
+            if SCORERS.intersection(names) or any(inside(path, folder) for folder in closed):
+                raise PermissionError("graded code does not read solutions or the grader")
+            if writes and path != nowhere and not inside(path, home):
+                raise PermissionError("graded code writes into its working folder alone")
 
-    grader, home = (normcase(realpath(folder)) for folder in (grader, home))
+    closed = [real(folder) for folder in closed]
+    home = real(home)
     sys.addaudithook(hook)
 
 
-def limit_memory(gibibytes: float) -> bool:
-    """At most so much more address space. False where the system cannot (Windows, macOS)."""
+def limit(cpu_seconds: float, gibibytes: float | None = None) -> None:
+    """Computing time from now on, and memory beside what is in use. Linux and macOS only."""
     try:
         import resource
-
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        limit = pages * resource.getpagesize() + int(gibibytes * 2**30)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    except (ImportError, OSError, ValueError):
-        return False
-    return True
+    except ImportError:  # Windows
+        return
+    used = math.ceil(time.process_time() + cpu_seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (used, resource.RLIM_INFINITY))
+    pages = Path("/proc/self/statm")
+    if gibibytes and pages.exists():  # Linux
+        now = int(pages.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+        most = now + int(gibibytes * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def plain(value: object, depth: int = 0) -> object:
     """A value as JSON can carry it. What it cannot becomes {"type": its name}."""
+    import numpy
     import torch
 
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value[:LARGEST] if isinstance(value, str) else value
-    if isinstance(value, torch.Tensor) and value.numel() <= LARGEST:
+    if isinstance(value, numpy.generic):
+        value = value.item()
+    if type(value) is str:
+        return value[:LARGEST]
+    if value is None or type(value) in (bool, int, float):
+        return value
+    if isinstance(value, (torch.Tensor, numpy.ndarray)) and math.prod(value.shape) <= LARGEST:
         dtype = str(value.dtype).removeprefix("torch.")
-        return {
-            "type": "Tensor",
-            "dtype": dtype,
-            "shape": list(value.shape),
-            "values": value.detach().tolist(),
-        }
+        values = value.detach().tolist() if isinstance(value, torch.Tensor) else value.tolist()
+        return {"type": "tensor", "dtype": dtype, "shape": list(value.shape), "values": values}
     if isinstance(value, (list, tuple)) and len(value) <= LARGEST and depth < 4:
         return [plain(item, depth + 1) for item in value]
     if isinstance(value, dict) and len(value) <= LARGEST and depth < 4:
-        return {
-            "type": "dict",
-            "items": [[plain(k, depth + 1), plain(v, depth + 1)] for k, v in value.items()],
-        }
-    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
-        return plain(value.item(), depth + 1)
+        items = {str(key): plain(item, depth + 1) for key, item in value.items()}
+        return {"type": "dict", "items": items}
     return {"type": type(value).__name__}
 
 
-def scripted_model(scripts: list[list], training: bool, size: int, notes: dict) -> object:
-    """A model that is right only for the right prefix: `scripts` has pairs (source, target).
+class Pipe:
+    """Lines of JSON to the grader and from it."""
 
-    With START and the target so far as decoder input, and in eval mode, it gives the next token of
-    the target, and 8 after its end. For another prefix or source it gives 9; in training mode each
-    token is one higher, as if by dropout.
-    """
+    def __init__(self) -> None:
+        self.incoming = os.fdopen(os.dup(0), "rb")
+        self.outgoing = os.fdopen(os.dup(1), "wb")
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):  # printing goes nowhere
+            os.dup2(nothing, stream)
+
+    def send(self, message: dict) -> None:
+        self.outgoing.write(json.dumps(message).encode() + b"\n")
+        self.outgoing.flush()
+
+    def receive(self) -> dict:
+        line = self.incoming.readline()
+        if not line:  # the grader is gone
+            os._exit(0)
+        return json.loads(line)
+
+
+def make_model(ask: types.FunctionType) -> object:
+    """A model whose logits (B, t, V) come from the grader, with a dropout layer inside."""
     import torch
 
-    class Scripted(torch.nn.Module):
+    grad_enabled = torch.is_grad_enabled
+
+    class Remote(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
+            self.dropout = torch.nn.Dropout(0.1)
             self.weight = torch.nn.Parameter(torch.ones(()))
 
         def forward(self, source: torch.Tensor, decoder_input: torch.Tensor) -> torch.Tensor:
-            notes["calls"] += 1
-            notes["gradients"] |= torch.is_grad_enabled()
-            notes["trained"] |= self.training
-            logits = torch.zeros(*decoder_input.shape, size)
-            for b, (row, prefix) in enumerate(
-                zip(source.tolist(), decoder_input.tolist(), strict=True)
-            ):
-                target = next((target for known, target in scripts if known == row), None)
-                for t in range(len(prefix)):
-                    right = (
-                        target is not None
-                        and prefix[: t + 1] == [0, *target, *[0] * len(prefix)][: t + 1]
-                    )
-                    token = 9 if not right else target[t] if t < len(target) else 8
-                    logits[b, t, token + self.training] = 1
-            return logits * self.weight
+            mode = {"training": self.training or self.dropout.training, "grad": grad_enabled()}
+            logits = ask([plain(source), plain(decoder_input), mode])
+            return torch.tensor(logits) * self.weight
 
-    notes |= {"calls": 0, "gradients": False, "trained": False}
-    return Scripted().train(training)
+    return Remote()
 
 
-def build(spec: object, seen: dict) -> object:
-    """An argument from its JSON form; what is watched while it is used goes into `seen`."""
+def build(spec: object, ask: types.FunctionType) -> object:
+    """An argument from its JSON form."""
+    import numpy
     import torch
 
     if not isinstance(spec, dict) or "make" not in spec:
         return spec
     if spec["make"] == "tensor":
-        return torch.tensor(spec["values"], dtype=getattr(torch, spec["dtype"])).requires_grad_(
-            spec["grad"]
-        )
+        tensor = torch.tensor(spec["values"], dtype=getattr(torch, spec["dtype"]))
+        return tensor.requires_grad_(spec["grad"])
+    if spec["make"] == "array":
+        return numpy.array(spec["values"], dtype=float)
     if spec["make"] == "generator":
         return torch.Generator().manual_seed(spec["seed"])
-    if spec["make"] == "model":
-        return scripted_model(spec["scripts"], spec["training"], 12, seen)
-
-    def predict(questions: list[str]) -> list[str]:
-        seen["asked"] += list(questions)
-        unknown = [question for question in questions if question not in spec["table"]]
-        if unknown:
-            raise ValueError(
-                f"predict was asked about {unknown[0]!r:.60}, which is no question of the batch"
-            )
-        return [spec["table"][question] for question in questions]
-
-    seen["asked"] = []
-    return predict
+    if spec["make"] == "rng":
+        return numpy.random.default_rng(spec["seed"])
+    if spec["make"] == "mean":
+        return lambda rows: float(rows.mean())
+    if spec["make"] == "ratio":  # of sums, like nats per token: no mean over rows
+        return lambda rows: float(100 * rows[:, 0].sum() / rows[:, 1].sum())
+    if spec["make"] == "predict":
+        return lambda questions: ask([list(questions)])
+    return make_model(ask).train(spec["training"])  # "model"
 
 
-def call(module: types.ModuleType, request: dict) -> dict:
+def call(module: types.ModuleType, request: dict, pipe: Pipe) -> dict:
+    """Call one function; report what it returned and how it left its arguments."""
     import torch
+
+    def ask(arguments: list) -> object:
+        pipe.send({"id": request["id"], "ask": arguments})
+        reply = pipe.receive()
+        if "error" in reply:
+            raise ValueError(reply["error"])
+        return reply["value"]
 
     function = getattr(module, request["call"], None)
     if not callable(function):
-        return {"missing": True}
-    seen: dict = {}
-    arguments = [build(spec, seen) for spec in request["arguments"]]
-    watched = [i for i, a in enumerate(arguments) if isinstance(a, (list, torch.Tensor))]
-    before = [plain(arguments[i]) for i in watched]
-    torch.manual_seed(random.SystemRandom().getrandbits(32))
+        return {"error": "AttributeError", "message": f"the file has no {request['call']}"}
+    arguments = [build(spec, ask) for spec in request["arguments"]]
+    torch.seed()  # so that nothing is the same by the global random state
     state = torch.get_rng_state()
     torch.set_grad_enabled(True)
     values = [function(*arguments) for _ in range(request["repeat"])]
-    seen["gradients_on"] = torch.is_grad_enabled()
+    reply = {"grad_enabled": torch.is_grad_enabled()}
+    reply["global_rng_moved"] = not torch.equal(state, torch.get_rng_state())
     torch.set_grad_enabled(True)
-    seen["global_rng_moved"] = not torch.equal(state, torch.get_rng_state())
-    seen["changed"] = [plain(arguments[i]) for i in watched] != before
+    reply["arguments"] = [plain(argument) for argument in arguments]
     for argument in arguments:
         if isinstance(argument, torch.nn.Module):
-            seen["training"] = argument.training
+            reply["training"] = argument.training and argument.dropout.training
+            reply["eval"] = not argument.training and not argument.dropout.training
         if isinstance(argument, torch.Tensor) and argument.requires_grad:
-            if (
-                isinstance(values[-1], torch.Tensor)
-                and values[-1].requires_grad
-                and values[-1].ndim == 0
-            ):
-                values[-1].backward()
-            seen["grad"] = None if argument.grad is None else argument.grad.tolist()
-    return {"values": [plain(value) for value in values], "seen": seen}
+            loss = values[-1]
+            if isinstance(loss, torch.Tensor) and loss.requires_grad and loss.ndim == 0:
+                loss.backward()
+            reply["grad"] = None if argument.grad is None else argument.grad.tolist()
+    reply["values"] = [plain(value) for value in values]
+    return reply
 
 
 def describe(error: BaseException, path: str) -> dict:
-    """{error: the class, message: one line, line: where in the graded file}."""
-    line, trace = (
-        getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None,
-        error.__traceback__,
-    )
+    """The class of an error, its message in one line, and its line in the graded file."""
+    line = error.lineno if isinstance(error, SyntaxError) else None
+    trace = error.__traceback__
     while trace:
-        line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == path else line
+        if trace.tb_frame.f_code.co_filename == path:
+            line = trace.tb_lineno
         trace = trace.tb_next
-    return {
-        "error": type(error).__name__,
-        "message": " ".join(str(error).split())[:200],
-        "line": line,
-    }
+    message = " ".join(str(error).split())[:200]
+    return {"error": type(error).__name__, "message": message, "line": line}
 
 
-def serve(requests: "queue.Queue[bytes]", replies: object) -> None:
-    module, path = types.ModuleType("adapters"), ""
+def serve(pipe: Pipe) -> None:
+    module = types.ModuleType("adapters")
+    path = ""
     while True:
-        request = json.loads(requests.get())
+        request = pipe.receive()
+        limit(request["seconds"])
         try:
             if "load" in request:
                 path = request["load"]
@@ -228,53 +227,32 @@ def serve(requests: "queue.Queue[bytes]", replies: object) -> None:
                 exec(compile(request["source"], path, "exec"), module.__dict__)
                 reply = {"loaded": True}
             else:
-                reply = call(module, request)
-            line = json.dumps({"id": request["id"], **reply})
-        except (
-            BaseException
-        ) as error:  # SystemExit and MemoryError as well: whatever it is, it is the answer
+                reply = call(module, request, pipe)
+        except BaseException as error:  # SystemExit and MemoryError as well are the answer
             try:
                 reply = describe(error, path)
             except BaseException:
                 reply = {"error": "an exception that cannot be shown", "message": "", "line": None}
-            line = json.dumps({"id": request["id"], **reply})
-        replies.write(line.encode() + b"\n")
-        replies.flush()
+        pipe.send({"id": request["id"], **reply})
 
 
 def main() -> None:
-    here, home, gibibytes = str(Path(__file__).resolve().parent), os.getcwd(), float(sys.argv[1])
-    sys.path[:] = [
-        folder
-        for folder in sys.path
-        if folder and os.path.realpath(folder) != os.path.realpath(here)
-    ]
+    """Arguments: GiB of memory, then the files and folders that are closed to graded code."""
+    here = str(Path(__file__).resolve().parent)
+    sys.path[:] = [folder for folder in sys.path if os.path.realpath(folder or ".") != here]
     sys.dont_write_bytecode = True
-    incoming, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(nothing, stream)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")
-    requests: queue.Queue[bytes] = queue.Queue()
-
-    def read() -> None:
-        for line in incoming:
-            requests.put(line)
-        os._exit(0)  # the grader is gone: end with it, also in the middle of an endless loop
-
-    threading.Thread(target=read, daemon=True).start()
+    pipe = Pipe()
     try:
+        import numpy  # noqa: F401
         import torch
-
-        torch.set_num_threads(1)
-        ready = {"id": 0, "torch": torch.__version__, "memory": limit_memory(gibibytes)}
     except ImportError as error:
-        ready = {"id": 0, "fatal": str(error)}
-    replies.write(json.dumps(ready).encode() + b"\n")
-    replies.flush()
-    guard(here, home)
-    serve(requests, replies)
+        pipe.send({"id": 0, "fatal": str(error)})
+        return
+    torch.set_num_threads(1)
+    limit(1000, gibibytes=float(sys.argv[1]))
+    guard(sys.argv[2:], os.getcwd())
+    pipe.send({"id": 0, "torch": torch.__version__})
+    serve(pipe)
 
 
 if __name__ == "__main__":
