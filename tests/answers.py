@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Answers to the assignment, for tests of its grader: right ones in three styles, wrong ones.
 
 Students: this file holds solutions.
@@ -482,10 +483,10 @@ WRONG = [
     ("prompts", "no label", "given label: {a}, ", ""),
     ("prompts", "another prefix", "given label", "label"),
     ("prompts", "a target", "{b}", "{b} {a}"),
-    ("prompts", "one text", "[f", "''.join(f"),
+    ("prompts", "the first alone", "zip(labels, questions)]", "zip(labels, questions)][:1]"),
     ("prompts", "lower case", "{b}", "{b.lower()}"),
     ("prompts", "no space", "explain: {b}", "explain:{b}"),
-    ("dose", "stage 1 counts", 'if line["stage"] == 2', 'if True else 0'),
+    ("dose", "stage 1 counts", 'line["wrong_predicted"] for line in log if line["stage"] == 2', 'line.get("wrong_predicted", 0) for line in log'),
     ("dose", "used ones", 'line["wrong_predicted"]', 'line["used_predicted"]'),
     ("dose", "a fraction", "100 * sum", "sum"),
     ("dose", "per update", "(batch_size * len(wrong))", "len(wrong)"),

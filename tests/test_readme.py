@@ -14,7 +14,7 @@ from test_r2d import TINY
 import r2d
 
 sys.path.append(str(ROOT / "notebooks"))
-import compare  # noqa: E402
+import compare
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "notebooks" / "results.md").read_text(encoding="utf-8")
@@ -49,6 +49,7 @@ def test_commands_of_the_readme_run(command, files, tmp_path, monkeypatch):
 
 
 COMPARISONS = re.findall(r"python notebooks/compare\.py ([^`#]*)", RESULTS.replace("\\\n", " "))
+COMPARISONS = [" ".join(command.split()) for command in COMPARISONS]
 
 
 @pytest.mark.parametrize("command", COMPARISONS)

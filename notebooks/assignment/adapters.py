@@ -101,9 +101,10 @@ def mix_labels(
 
 
 def explain_prompts(labels: list[str], questions: list[str]) -> list[str]:
-    """Problem prompts. B labels, B questions -> B prompts: given label: {label}, explain: {question}
+    """Problem prompts. B labels and B questions -> B prompts.
 
-    The target that belongs to such a prompt is the gold rationale, whatever the label is.
+    A prompt is `given label: {label}, explain: {question}`. The target that belongs to it is the
+    gold rationale, whatever the label is.
     """
     raise NotImplementedError
 
@@ -125,7 +126,9 @@ def dose(log: list[dict], batch_size: int) -> float:
     raise NotImplementedError
 
 
-def exposure_gap(statistic: Callable[[np.ndarray], float], gold: np.ndarray, own: np.ndarray) -> float:  # fmt: skip
+def exposure_gap(
+    statistic: Callable[[np.ndarray], float], gold: np.ndarray, own: np.ndarray
+) -> float:
     """Problem exposure_gap. How much worse the rationales are under the model's own label.
 
     statistic  the rows of some notes, an array (n, ...) -> one score; higher is better. It may

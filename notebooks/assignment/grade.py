@@ -72,7 +72,7 @@ class Child:
         )
         self.lines: queue.Queue[bytes] = queue.Queue()
         threading.Thread(target=self.read, daemon=True).start()
-        ready = self.receive(0)
+        ready = self.receive(0, WAITING)
         if "fatal" in ready:
             raise StoppedError(f"{ready['fatal']}; run pip install -r requirements.txt")
         self.torch = ready["torch"]
@@ -93,14 +93,14 @@ class Child:
         self.process.wait()
         self.home.cleanup()
 
-    def receive(self, number: int) -> dict:
+    def receive(self, number: int, waiting: float) -> dict:
         """The next message of the child about request `number`."""
         while True:
             try:
-                line = self.lines.get(timeout=self.waiting)
+                line = self.lines.get(timeout=waiting)
             except queue.Empty:
                 self.stop()
-                raise StoppedError(f"no answer for {self.waiting:g} seconds: it waits?") from None
+                raise StoppedError(f"no answer for {waiting:g} seconds: it waits?") from None
             if not line:
                 status = self.process.wait()
                 self.stop()
@@ -125,7 +125,7 @@ class Child:
                 self.process.stdin.flush()
             except OSError:
                 pass  # it has ended: `receive` says how
-            reply = self.receive(number)
+            reply = self.receive(number, self.waiting)
             if "ask" not in reply:
                 return reply
             try:

@@ -22,11 +22,13 @@ from unittest import mock
 import matplotlib.pyplot as plt
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import compare  # it also makes the core importable
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import compare  # and with it the core's folder
+
 import metrics
 import r2d
+
+HERE = Path(__file__).resolve().parent
 
 CURVES = {"linear": "p_linear", "exponential": "p_exponential"}
 CURVES["inverse-sigmoid"] = "p_inverse_sigmoid"
