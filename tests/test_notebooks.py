@@ -49,7 +49,7 @@ def test_it_runs_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatch) -> 
     """Catches a core that changed under a notebook, and a cell that needs another's files."""
     for file in CORE:
         shutil.copy(file, tmp_path)
-    shutil.copytree(path.parent, tmp_path / "nb", ignore=shutil.ignore_patterns("runs", "results"))
+    shutil.copytree(path.parent, tmp_path / "nb", ignore=shutil.ignore_patterns("runs"))
     monkeypatch.setenv("NOTEBOOK_SIZE", "tiny")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     book = execute(tmp_path / "nb" / path.name)
