@@ -45,8 +45,8 @@ def read_rows(source: Path) -> dict:
     return {f"{result['method']}, seed {result['seed']}": row}
 
 
-def draw_line(ax: plt.Axes, row: dict, colour: str, marker: str) -> float | None:
-    """One item; the height of its end, or None if it explains nothing."""
+def draw_line(ax: plt.Axes, row: dict, colour: str, marker: str) -> np.ndarray | None:
+    """One item; the three heights of its line, or None if it explains nothing."""
     seeds = np.array([row[score]["values"] for score in SCORES], dtype=float)  # (3, seeds)
     means = np.array([row[score]["mean"] for score in SCORES], dtype=float)
     if np.isnan(means[1]):  # sft
@@ -56,25 +56,28 @@ def draw_line(ax: plt.Axes, row: dict, colour: str, marker: str) -> float | None
         means[:] = means[1]
     ax.plot(seeds, color=colour, linewidth=0.7, alpha=0.5)
     ax.plot(means, color=colour, linewidth=2, marker=marker)
-    for place in (0, 2):  # at 1 the lines may meet
+    for place, offset in ((0, (-32, -3)), (2, (6, 5))):
         text = f"{means[place]:.1f}"
-        ax.annotate(text, (place, means[place]), (5, 5), textcoords="offset points", fontsize=8)
-    return means[2]
+        ax.annotate(text, (place, means[place]), offset, textcoords="offset points", fontsize=9)
+    return means
 
 
 def draw(rows: dict) -> plt.Figure:
     figure, ax = plt.subplots(figsize=(7, 4.2))
-    ends = []
+    ends, own = [], []
     for i, (item, row) in enumerate(rows.items()):
-        end = draw_line(ax, row, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
-        if end is not None:
-            ends.append((end, NAMES.get(item, item), COLOURS[i % len(COLOURS)]))
-            reference = [row["ceiling_bleu_gold"]["mean"], row["ceiling_bleu"]["mean"]]
+        heights = draw_line(ax, row, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
+        if heights is not None:
+            ends.append((heights[2], NAMES.get(item, item), COLOURS[i % len(COLOURS)]))
+            own.append(heights[1])
+            ceiling = [row["ceiling_bleu_gold"]["mean"], row["ceiling_bleu"]["mean"]]
     if not ends:
         raise ValueError("no item has rationales")
-    if reference[0] is not None:
-        ax.plot(reference, color="0.3", linestyle="--")
-        ax.annotate("reference explainer", (0, reference[0]), (4, 12), textcoords="offset points")
+    text = f"{min(own):.1f} to {max(own):.1f}" if max(own) > min(own) else f"{own[0]:.1f}"
+    ax.annotate(text, (1, max(own)), (8, 10), textcoords="offset points", fontsize=9)
+    if ceiling[0] is not None:
+        ax.plot(ceiling, color="0.3", linestyle="--")
+        ax.annotate("ceiling", (0, ceiling[0]), (10, 2), textcoords="offset points", color="0.3")
     y, top = ax.get_ylim()
     distance = (top - y) / 18  # so that no label lies on another
     for end, name, colour in sorted(ends):
@@ -82,9 +85,10 @@ def draw(rows: dict) -> plt.Figure:
         line = {"arrowstyle": "-", "color": colour, "relpos": (0, 0.5)}
         ax.annotate(name, (2, end), (2.2, y), va="center", color=colour, arrowprops=line)
     ax.set_xticks(range(3), CONDITIONS)
-    ax.set_xlabel("label in the prompt", loc="left")
-    ax.set(xlim=(-0.1, 3.4), ylabel="BLEU of the rationales")
+    ax.set_xlabel("label in the prompt", x=0.37)
+    ax.set(xlim=(-0.4, 3.4), ylabel="BLEU of the rationales")
     ax.spines[["top", "right"]].set_visible(False)
+    ax.spines["bottom"].set_bounds(0, 2)
     figure.tight_layout()
     return figure
 
