@@ -28,7 +28,7 @@ def per_class(gold: list[str], predicted: list[str], labels: list[str]) -> dict:
         scores[label] = {
             "precision": 100 * hits[label] / max(guesses[label], 1),
             "recall": 100 * hits[label] / max(support[label], 1),
-            "f1": 200 * hits[label] / max(support[label] + guesses[label], 1),  # 2PR / (P + R)
+            "f1": 200 * hits[label] / max(support[label] + guesses[label], 1),  # = 2PR / (P + R)
             "support": support[label],
         }
     return scores
@@ -42,7 +42,7 @@ def macro_f1(gold: list[str], predicted: list[str], labels: list[str]) -> float:
 
 
 def tokenize_13a(text: str) -> list[str]:
-    """The tokens of mteval-v13a: punctuation apart, numbers and x-ray whole."""
+    """The tokens of mteval-v13a: punctuation apart, 1,000.5 and x-ray whole."""
     text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     text = text.replace("&quot;", '"').replace("&amp;", "&")
     text = text.replace("&lt;", "<").replace("&gt;", ">")
@@ -75,7 +75,7 @@ def bleu_from_counts(counts: np.ndarray, smoothing: float = 1.0) -> float:
         return 0.0
     log_bleu = min(0.0, 1 - counts[9] / counts[8])  # the penalty for brevity
     for match, total in zip(counts[0:8:2], counts[1:8:2], strict=True):
-        if match == 0:  # the k-th time it counts as smoothing / 2^k
+        if match == 0:  # the k-th 0 counts as smoothing / 2^k
             smoothing /= 2
             match = smoothing
         if match > 0:  # NLTK leaves 0 out
@@ -97,7 +97,7 @@ def corpus_bleu(texts: list[str], references: list[str]) -> float:
 def sentence_bleu(hypothesis: str, reference: str) -> float:
     """BLEU of one text, 0-100, as in the paper: lower case, NLTK's smoothing method 4."""
     counts = np.array([bleu_counts(hypothesis.lower(), reference.lower())])
-    counts[:, 1:8:2] = np.maximum(counts[:, 1:8:2], 1)  # texts of fewer than four words
+    counts[:, 1:8:2] = np.maximum(counts[:, 1:8:2], 1)  # else 0 / 0 in short texts
     return bleu_from_counts(counts, smoothing=math.log(max(counts[0, 8], 1)) / 5)
 
 
@@ -217,7 +217,7 @@ def exposure_scores(data: dict) -> dict:
     scores = bootstrap("bleu_gap", bleu_gap, gold, data["counts_given_predicted"])
     cost = data["nats_given_predicted"] - data["nats_given_gold"]
     scores |= bootstrap("nll_gap", per_token, cost, data["tokens"])
-    asked = data["flipped_label"] != data["predicted_label"]  # else agreement is chance
+    asked = data["flipped_label"] != data["predicted_label"]  # else it agrees anyway
     followed = data["argues_given_flipped"] == data["flipped_label"]
     scores["following_n"] = int(asked.sum())
     if asked.any():

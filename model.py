@@ -1,7 +1,8 @@
 """A T5-shaped encoder-decoder in plain PyTorch: layers, loss, greedy decoding, T5 checkpoints.
 
 T5: Raffel et al. 2020, arXiv 1910.10683, section 2.1. Pre-norm, no biases, relative positions.
-Letters: B batch, S source length, T target length, D width, H heads, K head width, V vocabulary.
+Letters: B batch, S source or keys, T target or queries, D width, H heads, K head width,
+V vocabulary. The memory is the encoder's output, as the decoder reads it.
 """
 
 import json
@@ -27,16 +28,16 @@ class ModelConfig:
     n_decoder_layers: int = 2
     dropout: float = 0.0
     n_buckets: int = 32  # relative position buckets
-    max_distance: int = 128  # from here on one bucket for all
+    max_distance: int = 128  # all farther ones share the last bucket
     gated: bool = False  # False: relu (T5 v1.0), True: gated GELU (T5 v1.1, Flan-T5)
     tied: bool = True  # True: the output layer is the embedding (T5 v1.0)
-    scaled: bool = True  # True: times D^-0.5 before the output layer (T5 v1.0)
+    scaled: bool = True  # True: x * D^-0.5 before the output layer (T5 v1.0)
     pad_id: int = 0  # also starts every decoder input, as in T5
     eos_id: int = 1
 
 
 def linear(n_in: int, n_out: int, std: float) -> nn.Linear:
-    """A linear layer without bias; its first weights have this standard deviation."""
+    """A linear layer without bias; its initial weights have this standard deviation."""
     layer = nn.Linear(n_in, n_out, bias=False)
     nn.init.normal_(layer.weight, std=std)
     return layer
@@ -47,14 +48,14 @@ def relative_position_bucket(
 ) -> Tensor:
     """Bucket of each distance (key minus query position): same shape, 0..n_buckets-1."""
     if bidirectional:
-        n_buckets = n_buckets // 2  # the others are for keys to the right of the query
+        n_buckets = n_buckets // 2  # one half for each side of the query
         first_bucket = (distance > 0) * n_buckets
         distance = distance.abs()
     else:
         first_bucket = torch.zeros_like(distance)
         distance = (-distance).clamp(min=0)
-    n_exact = n_buckets // 2  # so many buckets hold one distance each, the others ever more
-    # growth is 0 at distance n_exact and 1 at max_distance; its clamp avoids log(0)
+    n_exact = n_buckets // 2  # nearer: a bucket per distance; farther: log-spaced
+    # growth is 0 at distance n_exact, 1 at max_distance; clamp avoids log(0)
     growth = torch.log(distance.clamp(min=1) / n_exact) / math.log(max_distance / n_exact)
     coarse = n_exact + (growth * (n_buckets - n_exact)).long()
     bucket = torch.where(distance < n_exact, distance, coarse)
@@ -62,7 +63,7 @@ def relative_position_bucket(
 
 
 class Attention(nn.Module):
-    """Attention of a sequence to itself, or of the decoder to the encoder's output."""
+    """Attention of a sequence to itself or to the memory."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -84,9 +85,9 @@ class Attention(nn.Module):
         """x (B, T, D), kv (2, B, H, S, K), bias that broadcasts to (B, H, T, S) -> (B, T, D)."""
         q = self.q(x).unflatten(-1, (self.config.n_heads, self.config.d_kv))  # (B, T, H, K)
         q = q.transpose(1, 2)  # (B, H, T, K)
-        scores = q @ kv[0].mT + bias  # (B, H, T, K) x (B, H, K, S) -> (B, H, T, S)
+        scores = q @ kv[0].mT + bias  # (B, H, T, K) @ (B, H, K, S) + bias -> (B, H, T, S)
         weights = self.dropout(scores.softmax(-1))
-        y = weights @ kv[1]  # (B, H, T, S) x (B, H, S, K) -> (B, H, T, K)
+        y = weights @ kv[1]  # (B, H, T, S) @ (B, H, S, K) -> (B, H, T, K)
         y = y.transpose(1, 2).flatten(2)  # (B, T, H * K)
         return self.dropout(self.o(y))
 
@@ -115,7 +116,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """A layer of the encoder or, with attention to the encoder's output, of the decoder."""
+    """A layer of the encoder or, with attention to the memory, of the decoder."""
 
     def __init__(self, c: ModelConfig, cross: bool):
         super().__init__()
@@ -128,11 +129,11 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(c)
 
     def forward(self, x, bias, memory_kv=None, memory_bias=None, cache=None, t=0) -> Tensor:
-        """x (B, T, D), in the decoder with memory_kv (2, B, H, S, K) -> (B, T, D)."""
+        """x (B, T, D) -> (B, T, D); in the decoder memory_kv (2, B, H, S, K) is of the memory."""
         h = self.self_norm(x)
         kv = self.self_attention.keys_values(h)  # (2, B, H, T, K)
-        if cache is not None:  # x is the token at position t, the cache has those before
-            cache[:, :, :, t : t + 1] = kv  # cache (2, B, H, T_max, K)
+        if cache is not None:  # x is token t; the cache has the keys and values before it
+            cache[:, :, :, t : t + 1] = kv  # in place; (2, B, H, T_max, K)
             kv = cache[:, :, :, : t + 1]  # (2, B, H, t + 1, K)
         x = x + self.self_attention(h, kv, bias)
         if memory_kv is not None:
@@ -146,8 +147,8 @@ class Transformer(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.config = c
-        self.embedding = nn.Embedding(c.vocab_size, c.d_model)  # standard deviation 1, as in T5
-        self.encoder_bias = nn.Embedding(c.n_buckets, c.n_heads)  # for all layers of a stack
+        self.embedding = nn.Embedding(c.vocab_size, c.d_model)  # N(0, 1), as in T5
+        self.encoder_bias = nn.Embedding(c.n_buckets, c.n_heads)  # one for all encoder layers
         self.decoder_bias = nn.Embedding(c.n_buckets, c.n_heads)
         nn.init.normal_(self.encoder_bias.weight, std=c.d_model**-0.5)
         nn.init.normal_(self.decoder_bias.weight, std=c.d_model**-0.5)
@@ -162,10 +163,10 @@ class Transformer(nn.Module):
     def padding_bias(self, input_ids: Tensor) -> Tensor:
         """(B, S) -> (B, 1, 1, S): -inf at padding, so that no query attends to it, else 0."""
         padding = (input_ids == self.config.pad_id)[:, None, None]
-        return torch.zeros(padding.shape, device=padding.device).masked_fill(padding, -math.inf)
+        return torch.where(padding, -math.inf, 0.0)
 
     def position_bias(self, length: int, causal: bool) -> Tensor:
-        """(1, H, length, length), by distance; causal: the decoder's, -inf after the query."""
+        """(1, H, query, key), by distance; causal (the decoder's): -inf at keys after the query."""
         c = self.config
         embedding = self.decoder_bias if causal else self.encoder_bias
         position = torch.arange(length, device=embedding.weight.device)
@@ -190,7 +191,7 @@ class Transformer(nn.Module):
         return F.pad(labels[:, :-1], (1, 0), value=self.config.pad_id)
 
     def decode(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Teacher forcing: (B, S) source and (B, T) target, both padded -> (B, T, D)."""
+        """Teacher forcing: (B, S) source and (B, T) target, padded -> (B, T, D), not yet normed."""
         memory = self.encode(input_ids)  # (B, S, D)
         memory_bias = self.padding_bias(input_ids)  # (B, 1, 1, S)
         bias = self.position_bias(labels.shape[1], causal=True)  # (1, H, T, T)
@@ -201,21 +202,21 @@ class Transformer(nn.Module):
         return x
 
     def logits(self, x: Tensor) -> Tensor:
-        """The output layer: (..., D) x (D, V) -> (..., V)."""
+        """The last norm and the output layer: (..., D) -> (..., V)."""
         x = self.dropout(self.decoder_norm(x))
         if self.config.scaled:
             x = x * self.config.d_model**-0.5
-        output = self.embedding if self.config.tied else self.lm_head
-        return F.linear(x, output.weight)
+        layer = self.embedding if self.config.tied else self.lm_head
+        return F.linear(x, layer.weight)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """The logits of each target token: source (B, S), target (B, T) -> (B, T, V)."""
         return self.logits(self.decode(input_ids, labels))
 
     def nll(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Nats of each target token: source (B, S), target (B, T) -> (B, T), 0 at padding."""
+        """-ln p of each target token: source (B, S), target (B, T) -> (B, T), 0 at padding."""
         real = labels != self.config.pad_id  # (B, T)
-        x = self.decode(input_ids, labels)[real]  # (N, D), to save work
+        x = self.decode(input_ids, labels)[real]  # (N, D): no logits at padding
         logits = self.logits(x).float()  # (N, V)
         nats = F.cross_entropy(logits, labels[real], reduction="none")  # (N,)
         return torch.zeros(labels.shape, device=nats.device).masked_scatter(real, nats)
@@ -224,8 +225,7 @@ class Transformer(nn.Module):
     def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
         """Greedy decoding: (B, S) -> (B, max_new_tokens), padded after the end token.
 
-        In eval mode, also when called in training: with dropout, a label would not be the one
-        that the model gives at inference. L is the number of layers.
+        Always without dropout: in training, too, a label must be the one given at inference.
         """
         was_training = self.training
         self.eval()
@@ -234,23 +234,23 @@ class Transformer(nn.Module):
         memory = self.encode(input_ids)  # (B, S, D)
         memory_bias = self.padding_bias(input_ids)  # (B, 1, 1, S)
         memory_kvs = [layer.cross_attention.keys_values(memory) for layer in self.decoder]
-        memory_kv = torch.stack(memory_kvs)  # (L, 2, B, H, S, K)
+        memory_kv = torch.stack(memory_kvs)  # (layers, 2, B, H, S, K)
         cache = memory_kv.new_empty(len(memory_kv), 2, len(rows), c.n_heads, max_new_tokens, c.d_kv)
         bias = self.position_bias(max_new_tokens, causal=True)  # (1, H, T, T)
-        tokens = input_ids.new_full((len(rows), max_new_tokens + 1), c.pad_id)  # 0: the start
+        tokens = input_ids.new_full((len(rows), max_new_tokens + 1), c.pad_id)  # first: start
         done = torch.zeros_like(rows, dtype=torch.bool)
         for t in range(max_new_tokens):
-            x = self.embedding(tokens[rows, t])[:, None]  # (B, 1, D)
+            x = self.embedding(tokens[rows, t])[:, None]  # (rows, 1, D)
             bias_t = bias[:, :, t : t + 1, : t + 1]  # (1, H, 1, t + 1)
             for i, layer in enumerate(self.decoder):
                 x = layer(x, bias_t, memory_kv[i], memory_bias, cache[i], t)
-            new = self.logits(x)[:, 0].argmax(-1).masked_fill(done, c.pad_id)  # (B,)
+            new = self.logits(x)[:, 0].argmax(-1).masked_fill(done, c.pad_id)  # (rows,)
             tokens[rows, t + 1] = new
             done = done | (new == c.eos_id)
-            stay = (~done).nonzero()[:, 0]
+            stay = torch.where(~done)[0]  # places in `rows`
             if len(stay) == 0:
                 break
-            if len(stay) <= 0.75 * len(done):  # leaving copies the caches: not one by one
+            if len(stay) <= 0.75 * len(done):  # leaving copies the cache: not one by one
                 rows = rows[stay]
                 done = done[stay]
                 memory_bias = memory_bias[stay]
@@ -280,14 +280,14 @@ def read_t5_config(file: Path, dropout: float) -> ModelConfig:
     allowed = {"model_type": ["t5"], "feed_forward_proj": ["relu", "gated-gelu"]}
     allowed |= {"layer_norm_epsilon": [1e-6], "decoder_start_token_id": [0]}
     allowed |= {"pad_token_id": [0], "eos_token_id": [1]}
-    for key, values in allowed.items():  # a missing key has the first
+    for key, values in allowed.items():  # a missing key means the first, T5's default
         if t5.get(key, values[0]) not in values:
             raise ValueError(f"{key} is {t5[key]!r}, and only {values} can be loaded")
     sizes = [t5["vocab_size"], t5["d_model"], t5["num_heads"], t5["d_kv"], t5["d_ff"]]
     layers = [t5["num_layers"], t5.get("num_decoder_layers") or t5["num_layers"]]
     buckets = [t5["relative_attention_num_buckets"], t5.get("relative_attention_max_distance", 128)]
     for size in sizes + layers + buckets:
-        if type(size) is not int or not 0 < size < 2**20:
+        if type(size) is not int or not 0 < size < 10**6:
             raise ValueError(f"a size is {size!r}, not a whole number below a million")
     if max(layers) > 1000 or buckets[0] < 4 or buckets[1] <= buckets[0] // 2:
         raise ValueError("too many layers, or buckets that do not fit their distance")
@@ -305,7 +305,7 @@ def rename_t5(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if "embed_tokens" in name or "EncDecAttention.relative_attention_bias" in name:
             continue  # copies of the embedding, and a bias of v1.0 that no layer uses
         if name.startswith("encoder"):
-            name = name.replace(".layer.1.", ".layer.2.")  # feed-forward
+            name = name.replace(".layer.1.", ".layer.2.")  # where the decoder has its feed-forward
         for part, ours in T5_NAMES.items():
             name = name.replace(part, ours)
         state[name] = weight.float()
@@ -313,7 +313,7 @@ def rename_t5(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith(".k.weight"):
             k = state.pop(name)
             v = state.pop(name.replace(".k.", ".v."))
-            if k.shape != v.shape:
+            if k.shape != v.shape:  # cat would hide it
                 raise ValueError(f"{name} is {tuple(k.shape)}, its values {tuple(v.shape)}")
             state[name.replace(".k.", ".kv.")] = torch.cat([k, v])  # (2 * H * K, D)
     return state
@@ -335,7 +335,7 @@ def load_t5(folder: Path, dropout: float = 0.0) -> Transformer:
                 raise ValueError("no such file, nor model.safetensors; join parts into one")
             weights = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
         state = rename_t5(weights)
-        if config.tied and "lm_head.weight" in state:  # transformers 5 says tied of all
+        if config.tied and "lm_head.weight" in state:  # transformers 5 calls all T5s tied
             if state["lm_head.weight"].equal(state["embedding.weight"]):
                 del state["lm_head.weight"]
             else:
