@@ -112,7 +112,7 @@ def regrade(grader: object, problem: str, function: str) -> dict:
     return grader.grade_problem(problem)
 
 
-@pytest.mark.parametrize(("seed", "style"), enumerate(RIGHT))
+@pytest.mark.parametrize(("seed", "style"), list(enumerate(RIGHT)))
 def test_right_answers_get_all_points(seed: int, style: str) -> None:
     """Catches a check that allows one way only, or fails for some random inputs."""
     result = graded(IMPORTS + RIGHT[style], seed)

@@ -28,7 +28,8 @@ END = 1  # the last token of every target
 #
 #     step, steps  the current update, counted from 0, and the number of all updates
 #     warmup       share of all updates, 0 to 1, in which P is 0
-#     ramp         share of all updates, 0 to 1, in which P then rises
+#     ramp         share of all updates, 0 to 1, that a rise from 0 to 1 (linear) or to the cap (the
+#                  two others) takes after that
 #     cap          the highest P, 0 to 1
 #
 # Let i = step - warmup * steps, the number of updates since the warm-up, and n = ramp * steps.
@@ -89,7 +90,7 @@ def mix_labels(
     coins      B bools. True: the prompt shows the predicted label if that is one of `labels`,
                exactly; else it shows gold
     predict    questions -> the labels that the model predicts for them, in the same order. It
-               costs a generation per question: ask about each question whose coin is True, once,
+               costs a generation per question: ask about each example whose coin is True, once,
                and about no other
 
     The counts, a dict with the keys
@@ -131,8 +132,8 @@ def exposure_gap(
 ) -> float:
     """Problem exposure_gap. How much worse the rationales are under the model's own label.
 
-    statistic  the rows of some notes, an array (n, ...) -> one score; higher is better. It may
-               be any function of the rows, such as corpus BLEU, and no mean over them
+    statistic  the rows of some notes, an array (n, ...) -> one score; higher is better. It need
+               not be a mean over the rows: corpus BLEU is not
     gold, own  a row per test note, of its rationale under the gold label and under the model's
                own; row i of both belongs to note i
 
@@ -162,7 +163,8 @@ def following(flipped: list[str], predicted: list[str], argued: list[str | None]
 
     flipped    the label in each prompt, a wrong one put there by us
     predicted  the label that the model itself predicts for each note
-    argued     the label that each rationale argues for, None if it argues for none or for two
+    argued     the label that each rationale argues for, None if it argues for none or for two;
+               such a text does not follow, and counts
 
     Notes whose flipped label is also the predicted one do not count: there the text would argue
     for it anyway. If no note is left, the share is math.nan.
@@ -219,8 +221,9 @@ def corpus_bleu(hypotheses: list[list[str]], references: list[list[str]]) -> flo
     mean of the four precisions (matches / n-grams of the hypotheses), times the brevity penalty:
     e^(1 - r/h) where all hypotheses together have h tokens, all references r, and h < r; else 1.
 
-    Smoothing is sacreBLEU's default, "exp": going from n = 1 to 4, the k-th precision without a
-    match gets 1/2^k matches. The score is 0 if no word matches, or if some order has no n-grams.
+    Smoothing is sacreBLEU's default, "exp": going from n = 1 to 4, the first precision without a
+    match gets 1/2 matches, the second 1/4, the third 1/8. The score is 0 if no word matches, or if
+    some order has no n-grams.
     """
     raise NotImplementedError
 

@@ -225,7 +225,8 @@ class Grader:
             except Exception as error:  # an answer of a form that the check did not foresee
                 hint = f"an answer of another form ({type(error).__name__})"
             if hint:
-                failed.append(f"{one.title}: {hint}")
+                worth = "the core" if i == 0 else f"{one.points} of {points_of(problem)} points"
+                failed.append(f"{one.title} ({worth}): {hint}")
                 core_holds = core_holds and i > 0
         points = points if core_holds else 0
         return {"points": points, "of": points_of(problem), "failed": failed}

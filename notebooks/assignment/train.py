@@ -37,6 +37,7 @@ core_explain_prompts = r2d.explain_prompts
 core_validate = r2d.validate
 core_score = metrics.score
 core_main = r2d.main
+summaries: list[str] = []  # a line for each run
 
 
 def load(path: Path) -> ModuleType:
@@ -121,8 +122,20 @@ def main_and_picture(arguments: list[str]) -> int:
     """One run, and its picture."""
     status = core_main(arguments)
     if status == 0:
-        draw(r2d.parse_args(arguments).out)
+        folder = r2d.parse_args(arguments).out
+        draw(folder)
+        summaries.append(summary(folder))
     return status
+
+
+def summary(folder: Path) -> str:
+    """What the experiment asks of one run, in a line."""
+    run = compare.read_run(folder)
+    result = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    bleu = " / ".join(f"{run[key]:.1f}" for key in ("bleu_gold", "bleu", "bleu_flipped"))
+    low, high = result.get("exposure", {}).get("bleu_gap_ci95", [math.nan, math.nan])
+    gap = f"gap {run['bleu_gap']:.1f} [{low:.1f}, {high:.1f}]"
+    return f"{folder.name}: {bleu}, {gap}, following {run['following']:.1f}, dose {run['dose']:.1f}"
 
 
 def draw(folder: Path) -> None:
@@ -158,7 +171,9 @@ def main(arguments: list[str] | None = None) -> int:
     path = Path(os.environ.get("R2D_ADAPTERS", HERE / "adapters.py"))
     try:
         install(load(path))
-        return compare.main(arguments)
+        status = compare.main(arguments)
+        print("\nBLEU under the gold, the predicted, the flipped label", *summaries, sep="\n")
+        return status
     except NotImplementedError:
         hint = "a function is not written yet; train.py needs all of them down to `following`"
         print(f"train.py: {path}: {hint}, corpus_bleu and macro_f1", file=sys.stderr)

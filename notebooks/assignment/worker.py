@@ -88,9 +88,9 @@ def plain(value: object, depth: int = 0) -> object:
     if value is None or type(value) in (bool, int, float):
         return value
     if isinstance(value, (torch.Tensor, numpy.ndarray)) and math.prod(value.shape) <= LARGEST:
+        kind = "tensor" if isinstance(value, torch.Tensor) else "array"
         dtype = str(value.dtype).removeprefix("torch.")
-        values = value.detach().tolist() if isinstance(value, torch.Tensor) else value.tolist()
-        return {"type": "tensor", "dtype": dtype, "shape": list(value.shape), "values": values}
+        return {"type": kind, "dtype": dtype, "shape": list(value.shape), "values": value.tolist()}
     if isinstance(value, (list, tuple)) and len(value) <= LARGEST and depth < 4:
         return [plain(item, depth + 1) for item in value]
     if isinstance(value, dict) and len(value) <= LARGEST and depth < 4:
