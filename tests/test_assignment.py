@@ -84,6 +84,10 @@ HOSTILE = {  # the first lines of exposure_gap
     "listens": "__import__('socket').create_server(('127.0.0.1', 0))",
     "ends its parent": "import os, signal; os.kill(os.getppid(), signal.SIGKILL)",
     "returns a gigabyte": "return 'x' * 10**9",
+    "answers too much": "return ['x' * 90000] * 100",
+    "answers for the worker": """f = __import__('sys')._getframe()
+    while "request" not in f.f_locals: f = f.f_back
+    f.f_locals["pipe"].send({"id": f.f_locals["request"]["id"], "error": "x"})""",
 }
 
 
@@ -220,9 +224,9 @@ def test_a_class(tmp_path: Path) -> None:
     assert grade.main([str(folder), "--csv", str(target), "--jobs", "2"]) == 0
     rows = {row["name"]: row for row in csv.DictReader(target.open(encoding="utf-8"))}
     assert {name: int(row["points"]) for name, row in rows.items()} == {
-        "'=bob": 0, "ann": 70, "cheat": 0, "empty": 0, "link": 0
+        "'=bob.py": 0, "ann": 70, "cheat.py": 0, "empty": 0, "link.py": 0
     }  # fmt: skip
-    assert "PermissionError" in rows["cheat"]["trouble"] and "exec" in rows["cheat"]["notes"]
+    assert "PermissionError" in rows["cheat.py"]["trouble"] and "exec" in rows["cheat.py"]["notes"]
     assert [int(rows["ann"][problem]) for problem in PROBLEMS] == list(map(points_of, PROBLEMS))
 
 

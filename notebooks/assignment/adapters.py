@@ -34,7 +34,8 @@ END = 1  # the last token of every target
 #
 # Let i = step - warmup * steps, the number of updates since the warm-up, and n = ramp * steps.
 # Both may be fractions. P is 0 for i < 0, and P is `cap` for i >= n. A cap of 0 switches sampling
-# off: P is 0 everywhere. Only for 0 <= i < n, on the ramp, do the three curves differ.
+# off: P is 0 everywhere. Only for 0 <= i < n, on the ramp, do the three curves differ. P must be
+# right to 1e-4.
 
 
 def p_linear(step: int, steps: int, warmup: float, ramp: float, cap: float) -> float:
@@ -57,8 +58,8 @@ def p_inverse_sigmoid(step: int, steps: int, warmup: float, ramp: float, cap: fl
     """Problem schedule_inverse_sigmoid. On the ramp epsilon = k / (k + e^(i/k)), for a k > 0.
 
     The k is the one for which P = min(cap, 1 - 1e-6) at i = n. There is no closed form for it:
-    search. As k grows, the log odds of P at i = n, which are n/k - ln(k), fall. P must be right
-    to 1e-6. The curve starts at P = 1 / (k + 1), a little above 0.
+    search. As k grows, the log odds of P at i = n, which are n/k - ln(k), fall. The curve starts
+    at P = 1 / (k + 1), a little above 0.
     """
     raise NotImplementedError
 
@@ -135,7 +136,7 @@ def exposure_gap(
     statistic  the rows of some notes, an array (n, ...) -> one score; higher is better. It need
                not be a mean over the rows: corpus BLEU is not
     gold, own  a row per test note, of its rationale under the gold label and under the model's
-               own; row i of both belongs to note i
+               own; row i of both belongs to note i. They stay as they are
 
     The gap is in points of the score, positive where gold is better.
     """
@@ -150,8 +151,8 @@ def gap_interval(
 ) -> tuple[float, float]:
     """Problem gap_interval. The 95 % interval of the exposure gap over the notes: (low, high).
 
-    The percentile bootstrap (Efron 1979): draw n notes with replacement, 1000 times, with `rng`,
-    for instance by rng.integers(0, n, n); the gap of each draw is computed on its notes. The
+    The percentile bootstrap (Efron 1979): draw n notes with replacement, 1000 times, with `rng`
+    alone, for instance by rng.integers(0, n, n); the gap of each draw is computed on its notes. The
     interval goes from the 2.5th to the 97.5th percentile of the 1000 gaps. Both rows of a note
     are drawn together: the data are paired.
     """

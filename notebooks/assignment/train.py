@@ -72,6 +72,10 @@ def install(mine: ModuleType) -> None:
         with mock.patch.object(metrics, "macro_f1", mine.macro_f1):
             return core_validate(run, stage)
 
+    def dose(log: list[dict], batch_size: int) -> float:
+        explains = "loss_explain" in log[-1]  # sft does not
+        return mine.dose(log, batch_size) if explains else math.nan
+
     def score(rows: list[dict], labels: list[str]) -> dict:
         result = core_score(rows, labels)
         put_scores(result, rows, labels, mine)
@@ -83,7 +87,7 @@ def install(mine: ModuleType) -> None:
     r2d.explain_prompts = explain_prompts
     r2d.validate = validate
     metrics.score = score
-    compare.dose = mine.dose
+    compare.dose = dose
     r2d.main = main_and_picture
 
 
@@ -115,7 +119,8 @@ def put_scores(result: dict, rows: list[dict], labels: list[str], mine: ModuleTy
     interval = mine.gap_interval(*rows_of_both, np.random.default_rng(0))
     exposure["bleu_gap_ci95"] = list(map(float, interval))
     argued = column("argues_given_flipped")
-    put(exposure, "following", mine.following(column("flipped_label"), predicted, argued))
+    if "following" in exposure:
+        put(exposure, "following", mine.following(column("flipped_label"), predicted, argued))
 
 
 def main_and_picture(arguments: list[str]) -> int:
@@ -139,20 +144,22 @@ def summary(folder: Path) -> str:
 
 
 def draw(folder: Path) -> None:
-    """The share of prompts whose coin fell, update by update, beside the P that was asked for."""
+    """The share of prompts whose coin was True, beside the P that was asked for, by update."""
     options = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     log = [line for line in map(json.loads, lines) if line["stage"] == 2]
     shape = [options[name] for name in ("schedule", "warmup", "ramp", "cap")]
     steps = np.arange(len(log))
+    if options["method"] != "r2d":
+        shape[0] = "none"
     asked = [core_p_predicted(step, options["stage2_steps"], *shape) for step in steps]
-    fell = np.array([line["used_predicted"] + line["invalid_predicted"] for line in log])
+    true = np.array([line["used_predicted"] + line["invalid_predicted"] for line in log])
     wrong = np.array([line["wrong_predicted"] for line in log])
     plt.switch_backend("Agg")  # no window
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
     axes.plot(steps, [line["p_predicted"] for line in log], color="#0072B2", label="your schedule")
     axes.plot(steps, asked, "k--", label="P(predicted) that was asked for")
-    shares = {"prompts whose coin fell": (fell, "#E69F00"), "a wrong label": (wrong, "#D55E00")}
+    shares = {"prompts whose coin was True": (true, "#E69F00"), "a wrong label": (wrong, "#D55E00")}
     for name, (values, colour) in shares.items():
         share = values / options["batch_size"]
         axes.plot(steps, share, ".", color=colour, markersize=2, alpha=0.5)

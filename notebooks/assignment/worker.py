@@ -12,48 +12,57 @@ import os
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 # Libraries that hold a solution. Graded code may use torch, numpy and Python's own library.
 SCORERS = {"sacrebleu", "nltk", "sklearn", "transformers", "evaluate", "torchmetrics", "torcheval"}
 # Events of sys.addaudithook that graded code may not raise: other processes, and the network.
 REFUSED = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile")
-REFUSED += ("os.fork", "os.kill", "socket.connect", "socket.bind", "socket.sendto")
+REFUSED += ("os.fork", "os.kill", "socket.", "sqlite3.", "ctypes.dlopen", "resource.prlimit")
 CHANGING = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.link")
-CHANGING += ("os.symlink", "os.chmod", "shutil.")
+CHANGING += ("os.symlink", "os.chmod", "os.chown", "os.utime", "shutil.")
 LISTING = ("os.listdir", "os.scandir")
 LARGEST = 100_000  # items of an answer
+LONGEST = 2**22  # bytes of an answer
 
 
 def guard(closed: list[str], home: str) -> None:
-    """From here on: nothing in `closed` is read, nothing outside `home` is written, no network."""
-    real, join, separator = os.path.realpath, os.fsdecode, os.sep  # graded code may replace them
+    """From here on: nothing in `closed` is read, nothing outside `home` is written, no network.
+
+    It stops accidents and plain attempts. Names are bound here, since graded code may change them.
+    """
+    real, decode, is_folder, separator = os.path.realpath, os.fsdecode, os.path.isdir, os.sep
+    refused, changing, listing, scorers = REFUSED, CHANGING, LISTING, frozenset(SCORERS)
+    is_a, text, whole_number = isinstance, (str, bytes), int
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
     nowhere = os.devnull
 
-    def inside(path: object, folder: str) -> bool:
-        full = real(join(path))
+    def inside(full: str, folder: str) -> bool:
         return full == folder or full.startswith(folder + separator)
 
     def hook(event: str, arguments: tuple) -> None:
-        if event.startswith(REFUSED):
+        if event.startswith(refused):
             raise PermissionError("graded code starts no process and uses no network")
         if event == "open":
             paths = arguments[:1]
             flags = arguments[2]
-            writes = isinstance(flags, int) and flags & writing
-        elif event.startswith((*CHANGING, *LISTING)):
+            writes = is_a(flags, whole_number) and flags & writing
+        elif event.startswith(changing + listing):
             paths = arguments[:2]
-            writes = event.startswith(CHANGING)
+            writes = event.startswith(changing)
         else:
             return
         for path in paths:
-            if not isinstance(path, (str, bytes)):
+            if not is_a(path, text):
                 continue
-            names = join(path).replace("\\", "/").split("/")
-            if SCORERS.intersection(names) or any(inside(path, folder) for folder in closed):
+            full = real("".join([decode(path)]))  # a plain text, whatever class the path has
+            shut = event == "open" and is_folder(full)  # os.open with dir_fd would begin there
+            for folder in closed:
+                shut = shut or inside(full, folder)
+            if shut or scorers.intersection(full.replace("\\", "/").split("/")):
                 raise PermissionError("graded code does not read solutions or the grader")
-            if writes and path != nowhere and not inside(path, home):
+            if writes and full != nowhere and not inside(full, home):
                 raise PermissionError("graded code writes into its working folder alone")
 
     closed = [real(folder) for folder in closed]
@@ -62,18 +71,25 @@ def guard(closed: list[str], home: str) -> None:
 
 
 def limit(cpu_seconds: float, gibibytes: float | None = None) -> None:
-    """Computing time from now on, and memory beside what is in use. Linux and macOS only."""
+    """Computing time from now on, and memory beside what is in use. Linux and macOS only.
+
+    Graded code could lift both; the grader's time of waiting holds even so.
+    """
     try:
         import resource
     except ImportError:  # Windows
         return
-    used = math.ceil(time.process_time() + cpu_seconds)
-    resource.setrlimit(resource.RLIMIT_CPU, (used, resource.RLIM_INFINITY))
+
+    def at_most(what: int, value: int) -> None:
+        hard = resource.getrlimit(what)[1]
+        soft = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(what, (soft, hard))
+
+    at_most(resource.RLIMIT_CPU, math.ceil(time.process_time() + cpu_seconds))
     pages = Path("/proc/self/statm")
     if gibibytes and pages.exists():  # Linux
         now = int(pages.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-        most = now + int(gibibytes * 2**30)
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        at_most(resource.RLIMIT_AS, now + int(gibibytes * 2**30))
 
 
 def plain(value: object, depth: int = 0) -> object:
@@ -81,7 +97,9 @@ def plain(value: object, depth: int = 0) -> object:
     import numpy
     import torch
 
-    if isinstance(value, numpy.generic):
+    if isinstance(value, numpy.floating):
+        value = float(value)
+    elif isinstance(value, numpy.generic):
         value = value.item()
     if type(value) is str:
         return value[:LARGEST]
@@ -110,7 +128,11 @@ class Pipe:
             os.dup2(nothing, stream)
 
     def send(self, message: dict) -> None:
-        self.outgoing.write(json.dumps(message).encode() + b"\n")
+        line = json.dumps(message).encode()
+        if len(line) > LONGEST:
+            error = {"error": "ValueError", "message": "the answer is larger than 4 MB"}
+            line = json.dumps({"id": message["id"], **error}).encode()
+        self.outgoing.write(line + b"\n")
         self.outgoing.flush()
 
     def receive(self) -> dict:
@@ -120,7 +142,7 @@ class Pipe:
         return json.loads(line)
 
 
-def make_model(ask: types.FunctionType) -> object:
+def make_model(ask: Callable) -> object:
     """A model whose logits (B, t, V) come from the grader, with a dropout layer inside."""
     import torch
 
@@ -140,8 +162,8 @@ def make_model(ask: types.FunctionType) -> object:
     return Remote()
 
 
-def build(spec: object, ask: types.FunctionType) -> object:
-    """An argument from its JSON form."""
+def build(spec: object, ask: Callable, seen: dict) -> object:
+    """An argument from its JSON form. Calls of a statistic are counted in `seen`."""
     import numpy
     import torch
 
@@ -156,10 +178,15 @@ def build(spec: object, ask: types.FunctionType) -> object:
         return torch.Generator().manual_seed(spec["seed"])
     if spec["make"] == "rng":
         return numpy.random.default_rng(spec["seed"])
-    if spec["make"] == "mean":
-        return lambda rows: float(rows.mean())
-    if spec["make"] == "ratio":  # of sums, like nats per token: no mean over rows
-        return lambda rows: float(100 * rows[:, 0].sum() / rows[:, 1].sum())
+    if spec["make"] in ("mean", "median", "ratio"):
+
+        def statistic(rows: numpy.ndarray) -> float:
+            seen["draws"] = seen.get("draws", 0) + 0.5  # two calls for a draw
+            if spec["make"] == "ratio":  # of sums, like nats per token: no mean over rows
+                return float(100 * rows[:, 0].sum() / rows[:, 1].sum())
+            return float(getattr(numpy, spec["make"])(rows))
+
+        return statistic
     if spec["make"] == "predict":
         return lambda questions: ask([list(questions)])
     return make_model(ask).train(spec["training"])  # "model"
@@ -179,12 +206,13 @@ def call(module: types.ModuleType, request: dict, pipe: Pipe) -> dict:
     function = getattr(module, request["call"], None)
     if not callable(function):
         return {"error": "AttributeError", "message": f"the file has no {request['call']}"}
-    arguments = [build(spec, ask) for spec in request["arguments"]]
+    reply: dict = {}
+    arguments = [build(spec, ask, reply) for spec in request["arguments"]]
     torch.seed()  # so that nothing is the same by the global random state
     state = torch.get_rng_state()
-    torch.set_grad_enabled(True)
+    torch.set_grad_enabled(request["grad"])
     values = [function(*arguments) for _ in range(request["repeat"])]
-    reply = {"grad_enabled": torch.is_grad_enabled()}
+    reply["grad_enabled"] = torch.is_grad_enabled()
     reply["global_rng_moved"] = not torch.equal(state, torch.get_rng_state())
     torch.set_grad_enabled(True)
     reply["arguments"] = [plain(argument) for argument in arguments]
