@@ -307,6 +307,23 @@ def test_every_file_with_solutions_is_named() -> None:
             assert f"`{path.name}`" in closed, path
 
 
+def test_ranges_of_the_experiment_come_from_the_file() -> None:
+    """Catches a range typed by hand, or one of an older file."""
+    expected = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))
+    rows = []
+    keys = "macro_f1 bleu_gold bleu bleu_flipped bleu_gap nll following dose".split()
+    for key in keys:
+        columns = []
+        for item in ("r2d", "r2d,schedule=none"):
+            columns.append(expected["one_thread"][item][key] + expected["two_threads"][item][key])
+        columns.append([gold - own for own, gold in zip(*columns, strict=True)])
+        digits = 3 if key == "nll" else 1
+        cells = [f"{min(column):.{digits}f} to {max(column):.{digits}f}" for column in columns]
+        rows.append(" | ".join(cells) + " |")
+    assert len(expected["seeds"]) >= 8 and len(columns[0]) == 16
+    assert re.findall(r"^\| .+? \| (-?\d.* to .*)$", INSTRUCTORS, re.M) == rows
+
+
 def train(out: Path, adapters: Path, *options: str) -> subprocess.CompletedProcess:
     command = [sys.executable, FOLDER / "train.py", "r2d", "--seeds", "3", *options, "--out", out]
     environment = {**os.environ, "R2D_ADAPTERS": str(adapters), "OMP_NUM_THREADS": "1"}
