@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -298,6 +299,28 @@ def test_the_handout_names_every_problem_function_and_point() -> None:
     assert all(len(CHECKS[problem]) >= 1 for problem in PROBLEMS)
 
 
+@pytest.mark.parametrize("command", re.findall("^python .*", HANDOUT, re.M))
+def test_every_command_of_the_handout_runs(command: str, tmp_path: Path) -> None:
+    """Catches a command that no longer works, a starter with points, a report that is lost."""
+    program, *arguments = shlex.split(command)[1:]
+    if program.endswith("train.py"):  # it runs in the tests below
+        seeds = arguments.index("--seeds")
+        assert compare.main([arguments[0], *arguments[seeds:], *TINY, "--out", str(tmp_path)]) == 0
+        return
+    environment = {**os.environ, "R2D_GRADE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, program, *arguments, "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        env=environment,
+    )
+    assert done.returncode == 1 and "15 failed" in done.stdout and "Traceback" not in done.stdout
+    report = (tmp_path / "grade.txt").read_text(encoding="utf-8").strip()
+    assert "0 of 70" in report and report in done.stdout
+    assert json.loads((tmp_path / "grade.json").read_text(encoding="utf-8"))["points"] == 0
+
+
 def test_every_file_with_solutions_is_named() -> None:
     """Catches a solution that the handout does not tell students to leave closed."""
     closed = HANDOUT.split("do not open")[1].split("before you have handed in")[0]
@@ -331,34 +354,11 @@ def train(out: Path, adapters: Path, *options: str) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A tiny run with right answers, on notes so easy that its labels become valid."""
-    folder = tmp_path_factory.mktemp("trained")
-    notes = write_notes(folder / "notes.csv")
-    options = [*LEARNS, "--data", str(notes), "--warmup", "0.1"]
-    (folder / "mine.py").write_text(BEST, encoding="utf-8")
-    done = train(folder / "mine", folder / "mine.py", *options)
-    assert done.returncode == 0, done.stderr
-    return folder / "mine" / "r2d-3", options
-
-
-def test_right_answers_train_to_the_same_bytes(trained: tuple, tmp_path: Path) -> None:
-    """Catches a function that is not put in its place, or not in the core's form."""
-    folder, options = trained
-    assert compare.main(["r2d", "--seeds", "3", *options, "--out", str(tmp_path)]) == 0
-    mine = contents(folder)
-    assert len(mine.pop("coins.png")) > 10000
-    assert mine == contents(tmp_path / "r2d-3")
-    same = [path / "compare.json" for path in (folder.parent, tmp_path)]
-    assert same[0].read_bytes() == same[1].read_bytes()
-
-
-CHANGES = [  # what is wrong, and where it must show
-    ({"flip_coins": ("< p", ">= p")}, {"used_predicted"}),
-    ({"mix_labels": ("given[i] = label", "given[i] = labels[0]")}, {"loss_explain"}),
-    ({"explain_prompts": ("given label", "label")}, {"loss_explain"}),
-    (
+CHANGES = {  # what is wrong, and where it must show
+    "coin": ({"flip_coins": ("< p", ">= p")}, {"used_predicted"}),
+    "labels": ({"mix_labels": ("given[i] = label", "given[i] = labels[0]")}, {"loss_explain"}),
+    "prompts": ({"explain_prompts": ("given label", "label")}, {"loss_explain"}),
+    "rest": (
         {
             "p_linear": ("min(cap, i / n)", "cap"),
             "macro_f1": ("200", "100"),
@@ -371,28 +371,51 @@ CHANGES = [  # what is wrong, and where it must show
         {"p_predicted", "val_macro_f1", "macro_f1", "bleu", "bleu_gap", "bleu_gap_ci95"}
         | {"following", "dose"},
     ),
-]
+}
 
 
-@pytest.mark.parametrize(("changes", "keys"), CHANGES, ids=["coin", "labels", "prompts", "rest"])
-def test_a_wrong_answer_shows_in_the_run(changes, keys, trained, tmp_path) -> None:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], list[str]]:
+    """Tiny runs with right and with wrong answers, on notes so easy that labels become valid."""
+    folder = tmp_path_factory.mktemp("trained")
+    options = [*LEARNS, "--data", str(write_notes(folder / "notes.csv")), "--warmup", "0.1"]
+
+    def run(name: str) -> Path:
+        code = BEST
+        for function, (old, new) in CHANGES.get(name, ({}, {}))[0].items():
+            assert old in PARTS[function]
+            code += "\n" + PARTS[function].replace(old, new) + "\n"
+        (folder / f"{name}.py").write_text(code, encoding="utf-8")
+        done = train(folder / name, folder / f"{name}.py", *options)
+        assert done.returncode == 0, done.stderr
+        return folder / name / "r2d-3"
+
+    names = ["right", *CHANGES]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(names, pool.map(run, names), strict=True)), options
+
+
+def test_right_answers_train_to_the_same_bytes(trained: tuple, tmp_path: Path) -> None:
+    """Catches a function that is not put in its place, or not in the core's form."""
+    runs, options = trained
+    assert compare.main(["r2d", "--seeds", "3", *options, "--out", str(tmp_path)]) == 0
+    mine = contents(runs["right"])
+    assert len(mine.pop("coins.png")) > 10000
+    assert mine == contents(tmp_path / "r2d-3")
+    same = [path / "compare.json" for path in (runs["right"].parent, tmp_path)]
+    assert same[0].read_bytes() == same[1].read_bytes()
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_wrong_answer_shows_in_the_run(name: str, trained: tuple) -> None:
     """Catches a run that uses the core's function where the student's should be."""
-    folder, options = trained
-    code = BEST
-    for function, (old, new) in changes.items():
-        assert old in PARTS[function]
-        code += "\n" + PARTS[function].replace(old, new) + "\n"
-    (tmp_path / "wrong.py").write_text(code, encoding="utf-8")
-    done = train(tmp_path / "out", tmp_path / "wrong.py", *options)
-    assert done.returncode == 0, done.stderr
     texts = []
-    for run in (folder, tmp_path / "out" / "r2d-3"):
+    for run in (trained[0]["right"], trained[0][name]):
         files = [run / "log.jsonl", run / "metrics.json", run.parent / "compare.json"]
         texts.append("".join(file.read_text(encoding="utf-8") for file in files))
-    for key in keys:
-        right, wrong = (
-            re.findall(rf'"{key}": (\[[^]]*\]|\{{[^}}]*|[^,}}]*)', text) for text in texts
-        )
+    for key in CHANGES[name][1]:
+        values = rf'"{key}": (\[[^]]*\]|\{{[^}}]*|[^,}}]*)'
+        right, wrong = (re.findall(values, text) for text in texts)
         assert right and right != wrong, key
 
 
