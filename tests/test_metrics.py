@@ -280,21 +280,21 @@ def test_following_leaves_out_agreement_by_chance():
 
 def test_gaps_are_paired_by_brute_force():
     """Catches gaps whose two sides are drawn apart, of wrong conditions or with a wrong sign."""
-    rows = run_rows(12)
+    rows = run_rows(7)
     exposure = score(rows, LABELS)["exposure"]
     rng = np.random.default_rng(0)
     gaps = {"bleu_gap": [], "ceiling_bleu_gap": [], "nll_gap": []}
     for _ in range(1000):
-        sample = [rows[i] for i in rng.integers(0, 12, 12)]
+        sample = [rows[i] for i in rng.integers(0, 7, 7)]
         golds = [row["rationale"] for row in sample]
         bleu = {}
-        for condition in metrics.CONDITIONS:
+        for condition in ("gold", "predicted", "ceiling_gold", "ceiling"):
             texts = [row[f"rationale_given_{condition}"] for row in sample]
             bleu[condition] = corpus_bleu(texts, golds)
         gaps["bleu_gap"].append(bleu["gold"] - bleu["predicted"])
         gaps["ceiling_bleu_gap"].append(bleu["ceiling_gold"] - bleu["ceiling"])
         more = [row["nats_given_predicted"] - row["nats_given_gold"] for row in sample]
-        gaps["nll_gap"].append(sum(more) / (7 * 12))
+        gaps["nll_gap"].append(sum(more) / (7 * 7))
     for name, values in gaps.items():
         expected = np.percentile(values, [2.5, 97.5]).tolist()
         assert exposure[f"{name}_ci95"] == pytest.approx(expected)
@@ -356,8 +356,9 @@ def test_table_fits_100_columns_whatever_the_data():
     """Catches a line that breaks in a terminal: long names, one row, wide intervals, high nll."""
     rows = run_rows(2) + [row | {"nats_given_gold": 600.0} for row in run_rows(2)]
     long = {"method": "m" * 200, "data": "/a/long/path" * 20, "seed": 10**9}
-    for some in (rows, rows[:1], rows[-1:], run_rows(50)):
-        for line in [*printed(some), *printed(some, **long), *printed(some * 30, data="x")]:
+    cases = [(rows, {}), (rows[:1], long), (rows[-1:], long), (run_rows(50), long)]
+    for some, header in [*cases, (rows * 30, {"data": "x"})]:
+        for line in printed(some, **header):
             assert len(line) <= 100, line
             assert not re.search(r"\d±|\.\d+\.", line), line  # two cells in one
 
