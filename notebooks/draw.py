@@ -37,9 +37,8 @@ def read_rows(source: Path) -> dict:
     rationale = result.get("rationale", {})
     row = {}
     conditions = [*CONDITIONS, "ceiling_gold", "ceiling"]
-    for condition, score in zip(
-        conditions, [*SCORES, "ceiling_bleu_gold", "ceiling_bleu"], strict=True
-    ):
+    scores = [*SCORES, "ceiling_bleu_gold", "ceiling_bleu"]
+    for condition, score in zip(conditions, scores, strict=True):
         bleu = rationale.get(condition, {}).get("bleu")
         row[score] = {"values": [bleu], "mean": bleu}
     return {f"{result['method']}, seed {result['seed']}": row}
@@ -66,9 +65,10 @@ def draw(rows: dict) -> plt.Figure:
     figure, ax = plt.subplots(figsize=(7, 4.2))
     ends, own = [], []
     for i, (item, row) in enumerate(rows.items()):
-        heights = draw_line(ax, row, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
+        colour = COLOURS[i % len(COLOURS)]
+        heights = draw_line(ax, row, colour, MARKERS[i % len(MARKERS)])
         if heights is not None:
-            ends.append((heights[2], NAMES.get(item, item), COLOURS[i % len(COLOURS)]))
+            ends.append((heights[2], NAMES.get(item, item), colour))
             own.append(heights[1])
             ceiling = [row["ceiling_bleu_gold"]["mean"], row["ceiling_bleu"]["mean"]]
     if not ends:

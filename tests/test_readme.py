@@ -69,15 +69,6 @@ def printed(notebook: str) -> str:
     return "".join(line for text in texts for line in text)
 
 
-def cell_of(score: dict, digits: int) -> str:
-    if score["mean"] is None:
-        return "-"
-    text = f"{score['mean']:.{digits}f}"
-    if score["ci95"] is not None:
-        text += f" ±{(score['ci95'][1] - score['ci95'][0]) / 2:.{digits}f}"
-    return text
-
-
 def test_tables_of_results_come_from_the_files():
     """Catches a number typed by hand, or one of an older file."""
     keys = ["macro_f1", "bleu_gold", "bleu", "bleu_flipped", "bleu_gap", "following", "nll", "dose"]
@@ -85,7 +76,7 @@ def test_tables_of_results_come_from_the_files():
     for path in (ROOT / "notebooks" / "results").glob("*.json"):
         for row in json.loads(path.read_text(encoding="utf-8")).values():
             if isinstance(row, dict):  # floor.json holds lists
-                cells = [cell_of(row[key], 3 if key == "nll" else 1) for key in keys]
+                cells = [compare.show(key, row[key]) for key in keys]
                 rows.add(" | ".join(cells))
     tables = RESULTS.split("## The map")[0]
     shown = re.findall(r"^\| [^|]+ \| (.*\d) \|$", tables, re.M)

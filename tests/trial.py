@@ -29,7 +29,7 @@ with tempfile.TemporaryDirectory() as folder:
     options = r2d.parse_args([*sys.argv[1:], "--out", folder])
     run = r2d.setup(options)
     began = time.perf_counter()
-    if options.method == "r2d":
+    if options.method == "r2d" and not options.no_stage1:
         r2d.train(run, 1)
     r2d.train(run, 2)
     seconds = time.perf_counter() - began

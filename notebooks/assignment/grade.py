@@ -251,8 +251,8 @@ class Grader:
         try:
             notes = notes_on(self.source)
             self.load()
-        except (WrongError, StoppedError, NotImplementedError) as error:
-            trouble = f"the file cannot be loaded: {error or 'NotImplementedError'}"
+        except (WrongError, StoppedError) as error:
+            trouble = f"the file cannot be loaded: {error}"
         except Exception as error:  # such as a SyntaxError
             trouble = f"the file cannot be loaded: {type(error).__name__}: {error}"
         trouble = " ".join(trouble.split())[:300]

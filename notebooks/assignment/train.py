@@ -106,14 +106,13 @@ def put_scores(result: dict, rows: list[dict], labels: list[str], mine: ModuleTy
     if "exposure" not in result:  # sft and dss
         return
     references = column("rationale")
-    counts = {}
+    expected = list(map(metrics.tokenize_13a, references))
     for condition in ("gold", "predicted", "flipped"):
-        texts = column(f"rationale_given_{condition}")
-        tokens = list(map(metrics.tokenize_13a, texts))
-        bleu = mine.corpus_bleu(tokens, list(map(metrics.tokenize_13a, references)))
-        put(result["rationale"][condition], "bleu", bleu)
-        counts[condition] = metrics.corpus_counts(texts, references)
-    rows_of_both = (metrics.bleu_from_counts, counts["gold"], counts["predicted"])
+        tokens = list(map(metrics.tokenize_13a, column(f"rationale_given_{condition}")))
+        put(result["rationale"][condition], "bleu", mine.corpus_bleu(tokens, expected))
+    gold = metrics.corpus_counts(column("rationale_given_gold"), references)
+    own = metrics.corpus_counts(column("rationale_given_predicted"), references)
+    rows_of_both = (metrics.bleu_from_counts, gold, own)
     exposure = result["exposure"]
     put(exposure, "bleu_gap", mine.exposure_gap(*rows_of_both))
     interval = mine.gap_interval(*rows_of_both, np.random.default_rng(0))

@@ -192,7 +192,7 @@ def build(spec: object, ask: Callable, seen: dict) -> object:
     return make_model(ask).train(spec["training"])  # "model"
 
 
-def call(module: types.ModuleType, request: dict, pipe: Pipe) -> dict:
+def call(module: types.ModuleType | None, request: dict, pipe: Pipe) -> dict:
     """Call one function; report what it returned and how it left its arguments."""
     import torch
 
@@ -242,7 +242,7 @@ def describe(error: BaseException, path: str) -> dict:
 
 
 def serve(pipe: Pipe) -> None:
-    module = types.ModuleType("adapters")
+    module = None
     path = ""
     while True:
         request = pipe.receive()
