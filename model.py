@@ -1,13 +1,14 @@
 """A T5-shaped encoder-decoder in plain PyTorch: layers, loss, greedy decoding, T5 checkpoints.
 
-T5: Raffel et al. 2020, arXiv 1910.10683, section 2.1. Pre-norm, no biases, relative positions.
+T5: Raffel et al. 2020, arXiv 1910.10683, section 2.1. No linear layer has an additive bias; a
+position bias, by the distance of query and key, is added to each attention score instead.
 Letters: B batch, S source or keys, T target or queries, D width, H heads, K head width,
 V vocabulary. The memory is the encoder's output, as the decoder reads it.
 """
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,15 +18,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model. The defaults train in minutes on two CPU cores."""
+    """The shape of a model. The first seven names are those of a T5 config.json."""
 
     vocab_size: int  # V
-    d_model: int = 96  # D
-    n_heads: int = 6  # H
-    d_kv: int = 16  # K
-    d_ff: int = 384  # inner width of feed-forward
-    n_encoder_layers: int = 2
-    n_decoder_layers: int = 2
+    d_model: int  # D
+    d_kv: int  # K
+    d_ff: int  # inner width of feed-forward
+    num_heads: int  # H
+    num_layers: int  # of the encoder
+    num_decoder_layers: int
     dropout: float = 0.0
     n_buckets: int = 32  # relative position buckets
     max_distance: int = 128  # all farther ones share the last bucket
@@ -63,28 +64,27 @@ def relative_position_bucket(
 
 
 class Attention(nn.Module):
-    """Attention of a sequence to itself or to the memory."""
+    """Attention to the sequence itself or to the memory."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.config = c
-        inner = c.n_heads * c.d_kv
+        self.heads = (c.num_heads, c.d_kv)  # (H, K)
+        inner = c.num_heads * c.d_kv
         # Scores are not divided by sqrt(K); instead, q starts smaller by that factor.
         self.q = linear(c.d_model, inner, std=(c.d_model * c.d_kv) ** -0.5)
-        self.kv = linear(c.d_model, 2 * inner, std=c.d_model**-0.5)  # one product for both
+        self.k = linear(c.d_model, inner, std=c.d_model**-0.5)
+        self.v = linear(c.d_model, inner, std=c.d_model**-0.5)
         self.o = linear(inner, c.d_model, std=inner**-0.5)
         self.dropout = nn.Dropout(c.dropout)
 
     def keys_values(self, x: Tensor) -> Tensor:
         """The keys, then the values, of x: (B, S, D) -> (2, B, H, S, K)."""
-        kv = self.kv(x)  # (B, S, 2 * H * K)
-        kv = kv.unflatten(-1, (2, self.config.n_heads, self.config.d_kv))  # (B, S, 2, H, K)
-        return kv.permute(2, 0, 3, 1, 4)
+        kv = torch.stack([self.k(x), self.v(x)])  # (2, B, S, H * K)
+        return kv.unflatten(-1, self.heads).transpose(2, 3)
 
     def forward(self, x: Tensor, kv: Tensor, bias: Tensor) -> Tensor:
         """x (B, T, D), kv (2, B, H, S, K), bias that broadcasts to (B, H, T, S) -> (B, T, D)."""
-        q = self.q(x).unflatten(-1, (self.config.n_heads, self.config.d_kv))  # (B, T, H, K)
-        q = q.transpose(1, 2)  # (B, H, T, K)
+        q = self.q(x).unflatten(-1, self.heads).transpose(1, 2)  # (B, H, T, K)
         scores = q @ kv[0].mT + bias  # (B, H, T, K) @ (B, H, K, S) + bias -> (B, H, T, S)
         weights = self.dropout(scores.softmax(-1))
         y = weights @ kv[1]  # (B, H, T, S) @ (B, H, S, K) -> (B, H, T, K)
@@ -93,26 +93,24 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """T5 v1.0: relu(x W_i) W_o. T5 v1.1: (gelu(x W_0) * x W_1) W_o (arXiv 2002.05202)."""
+    """T5 v1.0: relu(x W_i) W_o. T5 v1.1: (gelu(x W_i) * x gate) W_o (arXiv 2002.05202)."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.gated = c.gated
+        self.wi = linear(c.d_model, c.d_ff, std=c.d_model**-0.5)
         if c.gated:
-            self.wi_0 = linear(c.d_model, c.d_ff, std=c.d_model**-0.5)
-            self.wi_1 = linear(c.d_model, c.d_ff, std=c.d_model**-0.5)
-        else:
-            self.wi = linear(c.d_model, c.d_ff, std=c.d_model**-0.5)
+            self.gate = linear(c.d_model, c.d_ff, std=c.d_model**-0.5)
         self.wo = linear(c.d_ff, c.d_model, std=c.d_ff**-0.5)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        h = self.wi(x)  # (B, T, d_ff)
         if self.gated:
-            h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)  # (B, T, d_ff)
+            h = F.gelu(h, approximate="tanh") * self.gate(x)
         else:
-            h = F.relu(self.wi(x))
-        h = self.wo(self.dropout(h))  # (B, T, D)
-        return self.dropout(h)
+            h = F.relu(h)
+        return self.dropout(self.wo(self.dropout(h)))
 
 
 class Layer(nn.Module):
@@ -129,7 +127,7 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(c)
 
     def forward(self, x, bias, memory_kv=None, memory_bias=None, cache=None, t=0) -> Tensor:
-        """x (B, T, D) -> (B, T, D); in the decoder memory_kv (2, B, H, S, K) is of the memory."""
+        """x (B, T, D) -> (B, T, D); memory_kv (2, B, H, S, K) is given in the decoder alone."""
         h = self.self_norm(x)
         kv = self.self_attention.keys_values(h)  # (2, B, H, T, K)
         if cache is not None:  # x is token t; the cache has the keys and values before it
@@ -148,25 +146,49 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = c
         self.embedding = nn.Embedding(c.vocab_size, c.d_model)  # N(0, 1), as in T5
-        self.encoder_bias = nn.Embedding(c.n_buckets, c.n_heads)  # one for all encoder layers
-        self.decoder_bias = nn.Embedding(c.n_buckets, c.n_heads)
+        self.encoder_bias = nn.Embedding(c.n_buckets, c.num_heads)  # one for all encoder layers
+        self.decoder_bias = nn.Embedding(c.n_buckets, c.num_heads)
         nn.init.normal_(self.encoder_bias.weight, std=c.d_model**-0.5)
         nn.init.normal_(self.decoder_bias.weight, std=c.d_model**-0.5)
-        self.encoder = nn.ModuleList([Layer(c, cross=False) for _ in range(c.n_encoder_layers)])
-        self.decoder = nn.ModuleList([Layer(c, cross=True) for _ in range(c.n_decoder_layers)])
+        self.encoder = nn.ModuleList([Layer(c, cross=False) for _ in range(c.num_layers)])
+        self.decoder = nn.ModuleList([Layer(c, cross=True) for _ in range(c.num_decoder_layers)])
         self.encoder_norm = nn.RMSNorm(c.d_model, eps=1e-6)
         self.decoder_norm = nn.RMSNorm(c.d_model, eps=1e-6)
         self.dropout = nn.Dropout(c.dropout)
         if not c.tied:
             self.lm_head = linear(c.d_model, c.vocab_size, std=1.0)
 
+    def make_optimizers(self, name: str) -> list[torch.optim.Optimizer]:
+        """adamw as in the paper; muon: Muon for the layers' matrices and Adam for the rest.
+
+        Muon (Jordan et al. 2024) makes the mean gradient orthogonal: what is rare is learned as
+        fast as what is frequent. Rates are relative to the tensors' sizes (RMS) at this time, as
+        in T5's own optimiser (arXiv 1804.04235): in T5 sizes differ a hundredfold.
+        """
+        if name == "adamw":
+            group = {"params": list(self.parameters()), "relative_lr": 1.0}
+            return [torch.optim.AdamW([group], weight_decay=0.0)]
+        layers = {*self.encoder.parameters(), *self.decoder.parameters()}
+        matrices, others = [], []
+        for weight in self.parameters():
+            size = weight.detach().square().mean().sqrt().clamp(min=1e-3).item()
+            if weight is self.encoder_bias.weight or weight is self.decoder_bias.weight:
+                size = 3.0  # near 0 at first, but to bind neighbours they must reach units
+            if weight in layers and weight.ndim == 2:
+                matrices.append({"params": [weight], "relative_lr": 5 * size})
+            else:
+                others.append({"params": [weight], "relative_lr": size})
+        settings = {"momentum": 0.8, "nesterov": False, "ns_steps": 3, "weight_decay": 0.0}
+        muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings)
+        return [muon, torch.optim.Adam(others, betas=(0.8, 0.95))]
+
     def padding_bias(self, input_ids: Tensor) -> Tensor:
-        """(B, S) -> (B, 1, 1, S): -inf at padding, so that no query attends to it, else 0."""
+        """(B, S) -> (B, 1, 1, S): -inf at padding, which nothing may attend to, else 0."""
         padding = (input_ids == self.config.pad_id)[:, None, None]
         return torch.where(padding, -math.inf, 0.0)
 
     def position_bias(self, length: int, causal: bool) -> Tensor:
-        """(1, H, query, key), by distance; causal (the decoder's): -inf at keys after the query."""
+        """(1, H, query, key), by distance; causal (the decoder's): -inf at later keys."""
         c = self.config
         embedding = self.decoder_bias if causal else self.encoder_bias
         position = torch.arange(length, device=embedding.weight.device)
@@ -178,7 +200,7 @@ class Transformer(nn.Module):
         return bias
 
     def encode(self, input_ids: Tensor) -> Tensor:
-        """(B, S) token ids, padded with pad_id -> (B, S, D). Outputs at padding mean nothing."""
+        """(B, S) token ids -> (B, S, D). Outputs at padding mean nothing."""
         x = self.dropout(self.embedding(input_ids))
         bias = self.position_bias(input_ids.shape[1], causal=False)  # (1, H, S, S)
         bias = bias + self.padding_bias(input_ids)  # (B, H, S, S)
@@ -186,19 +208,15 @@ class Transformer(nn.Module):
             x = layer(x, bias)
         return self.dropout(self.encoder_norm(x))
 
-    def shift_right(self, labels: Tensor) -> Tensor:
-        """(B, T) -> (B, T): the decoder reads the start token and all labels but the last."""
-        return F.pad(labels[:, :-1], (1, 0), value=self.config.pad_id)
-
-    def decode(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Teacher forcing: (B, S) source and (B, T) target, padded -> (B, T, D), not yet normed."""
+    def decoder_states(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
+        """Teacher forcing: source (B, S), target (B, T) -> (B, T, D), not yet normed."""
         memory = self.encode(input_ids)  # (B, S, D)
         memory_bias = self.padding_bias(input_ids)  # (B, 1, 1, S)
-        bias = self.position_bias(labels.shape[1], causal=True)  # (1, H, T, T)
-        x = self.dropout(self.embedding(self.shift_right(labels)))
+        bias = self.position_bias(target_ids.shape[1], causal=True)  # (1, H, T, T)
+        shifted = F.pad(target_ids[:, :-1], (1, 0), value=self.config.pad_id)
+        x = self.dropout(self.embedding(shifted))
         for layer in self.decoder:
-            memory_kv = layer.cross_attention.keys_values(memory)  # (2, B, H, S, K)
-            x = layer(x, bias, memory_kv, memory_bias)
+            x = layer(x, bias, layer.cross_attention.keys_values(memory), memory_bias)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
@@ -209,48 +227,45 @@ class Transformer(nn.Module):
         layer = self.embedding if self.config.tied else self.lm_head
         return F.linear(x, layer.weight)
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """The logits of each target token: source (B, S), target (B, T) -> (B, T, V)."""
-        return self.logits(self.decode(input_ids, labels))
+    def forward(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
+        """Logits of each target token: source (B, S), target (B, T) -> (B, T, V)."""
+        return self.logits(self.decoder_states(input_ids, target_ids))
 
-    def nll(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """-ln p of each target token: source (B, S), target (B, T) -> (B, T), 0 at padding."""
-        real = labels != self.config.pad_id  # (B, T)
-        x = self.decode(input_ids, labels)[real]  # (N, D): no logits at padding
+    def nll(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
+        """-ln p of each target token, in nats: (B, S), (B, T) -> (B, T), 0 at padding."""
+        real = target_ids != self.config.pad_id  # (B, T)
+        x = self.decoder_states(input_ids, target_ids)[real]  # (N, D): no logits at padding
         logits = self.logits(x).float()  # (N, V)
-        nats = F.cross_entropy(logits, labels[real], reduction="none")  # (N,)
-        return torch.zeros(labels.shape, device=nats.device).masked_scatter(real, nats)
+        nll = torch.zeros(target_ids.shape, device=x.device)
+        nll[real] = F.cross_entropy(logits, target_ids[real], reduction="none")
+        return nll
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
-        """Greedy decoding: (B, S) -> (B, max_new_tokens), padded after the end token.
-
-        Always without dropout: in training, too, a label must be the one given at inference.
-        """
+        """Greedy decoding, never with dropout: (B, S) -> (B, max_new_tokens), padded."""
         was_training = self.training
         self.eval()
         c = self.config
-        rows = torch.arange(len(input_ids), device=input_ids.device)  # those still in the batch
+        rows = torch.arange(len(input_ids), device=input_ids.device)  # still in the batch
         memory = self.encode(input_ids)  # (B, S, D)
         memory_bias = self.padding_bias(input_ids)  # (B, 1, 1, S)
         memory_kvs = [layer.cross_attention.keys_values(memory) for layer in self.decoder]
         memory_kv = torch.stack(memory_kvs)  # (layers, 2, B, H, S, K)
-        cache = memory_kv.new_empty(len(memory_kv), 2, len(rows), c.n_heads, max_new_tokens, c.d_kv)
+        cache = memory_kv.new_empty(*memory_kv.shape[:4], max_new_tokens, c.d_kv)
         bias = self.position_bias(max_new_tokens, causal=True)  # (1, H, T, T)
         tokens = input_ids.new_full((len(rows), max_new_tokens + 1), c.pad_id)  # first: start
         done = torch.zeros_like(rows, dtype=torch.bool)
         for t in range(max_new_tokens):
             x = self.embedding(tokens[rows, t])[:, None]  # (rows, 1, D)
-            bias_t = bias[:, :, t : t + 1, : t + 1]  # (1, H, 1, t + 1)
             for i, layer in enumerate(self.decoder):
-                x = layer(x, bias_t, memory_kv[i], memory_bias, cache[i], t)
+                x = layer(x, bias[:, :, t, None, : t + 1], memory_kv[i], memory_bias, cache[i], t)
             new = self.logits(x)[:, 0].argmax(-1).masked_fill(done, c.pad_id)  # (rows,)
             tokens[rows, t + 1] = new
             done = done | (new == c.eos_id)
             stay = torch.where(~done)[0]  # places in `rows`
             if len(stay) == 0:
                 break
-            if len(stay) <= 0.75 * len(done):  # leaving copies the cache: not one by one
+            if len(stay) <= 0.75 * len(done):  # not one by one: it copies the cache
                 rows = rows[stay]
                 done = done[stay]
                 memory_bias = memory_bias[stay]
@@ -268,6 +283,8 @@ T5_NAMES = {  # parts of names in T5 checkpoints, and ours; replaced in this ord
     "layer.0.SelfAttention": "self_attention",
     "layer.1.EncDecAttention": "cross_attention",
     "layer.2.DenseReluDense": "feed_forward",
+    "wi_0": "wi",
+    "wi_1": "gate",
     "layer.0.layer_norm": "self_norm",
     "layer.1.layer_norm": "cross_norm",
     "layer.2.layer_norm": "ff_norm",
@@ -275,7 +292,7 @@ T5_NAMES = {  # parts of names in T5 checkpoints, and ours; replaced in this ord
 
 
 def read_t5_config(file: Path, dropout: float) -> ModelConfig:
-    """The shape in a T5 config.json; raises if it is not ours."""
+    """The shape in a T5 config.json. Raises ValueError if it is not ours."""
     t5 = json.loads(file.read_text(encoding="utf-8"))
     allowed = {"model_type": ["t5"], "feed_forward_proj": ["relu", "gated-gelu"]}
     allowed |= {"layer_norm_epsilon": [1e-6], "decoder_start_token_id": [0]}
@@ -283,68 +300,45 @@ def read_t5_config(file: Path, dropout: float) -> ModelConfig:
     for key, values in allowed.items():  # a missing key means the first, T5's default
         if t5.get(key, values[0]) not in values:
             raise ValueError(f"{key} is {t5[key]!r}, and only {values} can be loaded")
-    sizes = [t5["vocab_size"], t5["d_model"], t5["num_heads"], t5["d_kv"], t5["d_ff"]]
-    layers = [t5["num_layers"], t5.get("num_decoder_layers") or t5["num_layers"]]
+    t5["num_decoder_layers"] = t5.get("num_decoder_layers") or t5["num_layers"]
+    sizes = [t5[field.name] for field in fields(ModelConfig)[:7]]
     buckets = [t5["relative_attention_num_buckets"], t5.get("relative_attention_max_distance", 128)]
-    for size in sizes + layers + buckets:
-        if type(size) is not int or not 0 < size < 10**6:
-            raise ValueError(f"a size is {size!r}, not a whole number below a million")
-    if max(layers) > 1000 or buckets[0] < 4 or buckets[1] <= buckets[0] // 2:
-        raise ValueError("too many layers, or buckets that do not fit their distance")
     gated = t5.get("feed_forward_proj") == "gated-gelu"
     tied = t5.get("tie_word_embeddings", True)
     scaled = t5.get("scale_decoder_outputs", tied)  # a key of transformers 5
-    # in ModelConfig's order
-    return ModelConfig(*sizes, *layers, dropout, *buckets, gated, tied, scaled)
+    return ModelConfig(*sizes, dropout, *buckets, gated, tied, scaled)
 
 
 def rename_t5(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a T5 under our names, in float32; keys and values become one matrix."""
+    """The weights of a T5 under our names, in float32."""
     state = {}
     for name, weight in weights.items():
         if "embed_tokens" in name or "EncDecAttention.relative_attention_bias" in name:
-            continue  # copies of the embedding, and a bias of v1.0 that no layer uses
+            continue  # copies of the embedding; a bias of v1.0 that no layer uses
         if name.startswith("encoder"):
-            name = name.replace(".layer.1.", ".layer.2.")  # where the decoder has its feed-forward
+            name = name.replace(".layer.1.", ".layer.2.")  # feed-forward, as in the decoder
         for part, ours in T5_NAMES.items():
             name = name.replace(part, ours)
         state[name] = weight.float()
-    for name in list(state):
-        if name.endswith(".k.weight"):
-            k = state.pop(name)
-            v = state.pop(name.replace(".k.", ".v."))
-            if k.shape != v.shape:  # cat would hide it
-                raise ValueError(f"{name} is {tuple(k.shape)}, its values {tuple(v.shape)}")
-            state[name.replace(".k.", ".kv.")] = torch.cat([k, v])  # (2 * H * K, D)
     return state
 
 
 def load_t5(folder: Path, dropout: float = 0.0) -> Transformer:
-    """A T5 v1.0, v1.1 or Flan-T5 from Hugging Face. Raises ValueError, one line that says why."""
-    file = folder / "config.json"
-    try:
-        config = read_t5_config(file, dropout)
-        file = folder / "model.safetensors"
-        if file.exists():
-            from safetensors.torch import load_file  # an extra package, for such files alone
+    """A T5 v1.0, v1.1 or Flan-T5 from Hugging Face. Raises what its files raise."""
+    config = read_t5_config(folder / "config.json", dropout)
+    if (folder / "model.safetensors").exists():
+        from safetensors.torch import load_file  # an extra package, for such files alone
 
-            weights = load_file(file)
+        weights = load_file(folder / "model.safetensors")
+    else:  # weights_only: runs no code
+        weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    state = rename_t5(weights)
+    if config.tied and "lm_head.weight" in state:  # transformers 5 calls all T5s tied
+        if state["lm_head.weight"].equal(state["embedding.weight"]):
+            del state["lm_head.weight"]
         else:
-            file = folder / "pytorch_model.bin"
-            if not file.exists():
-                raise ValueError("no such file, nor model.safetensors; join parts into one")
-            weights = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
-        state = rename_t5(weights)
-        if config.tied and "lm_head.weight" in state:  # transformers 5 calls all T5s tied
-            if state["lm_head.weight"].equal(state["embedding.weight"]):
-                del state["lm_head.weight"]
-            else:
-                config = replace(config, tied=False)
-        with torch.device("meta"):  # the weights come from the file
-            model = Transformer(config)
-        model.load_state_dict(state, assign=True)
-    except Exception as error:  # a damaged file raises half a dozen types
-        reason = f"{type(error).__name__}: {error}".split(". ")[0]  # torch goes on with advice
-        reason = " ".join(reason.split())[:300]
-        raise ValueError(f"{file}: cannot be loaded as a T5: {reason}") from None
+            config = replace(config, tied=False)
+    with torch.device("meta"):  # the weights come from the file
+        model = Transformer(config)
+    model.load_state_dict(state, assign=True)
     return model

@@ -1,23 +1,23 @@
 """Reason2Decide from scratch: learn to explain, then to predict and explain (arXiv 2512.20074).
 
-    python r2d.py --stage 2                  everything: stage 1, stage 2, evaluation, table
-    python r2d.py --method sft --out sft     a baseline; python r2d.py -h lists all options
+    python r2d.py --stage 2                     everything: stage 1, stage 2, test, table
+    python r2d.py --ask "TEXT" --given LABEL    the rationale for a label of your choice
 
 In the paper's order; files and options come last. For study, not for patients.
 """
 
 import argparse
 import copy
-import hashlib
+import io
 import json
 import math
 import os
 import random
 import statistics
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 import data
 import metrics
-from data import Dataset, Example, InputError, Tokenizer, columns, reading, with_prefix, write_file
+from data import Dataset, Example, InputError, Tokenizer, columns, reading, write_file
 from model import ModelConfig, Transformer, load_t5
 
 # torchrun starts WORLD processes, each with a RANK; rank 0 alone validates, tests and writes.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-DECODE_BATCH = 128  # prompts decoded, or scored without gradients, together
+DECODE_BATCH = 128  # prompts decoded together; 64 took a quarter longer
 
 
 @dataclass
@@ -43,56 +43,57 @@ class Run:
     dataset: Dataset
     tokenizer: Tokenizer
     model: Transformer
-    device: str
-    label_tokens: int  # of the longest label
+    label_tokens: int  # of the longest label: no prediction needs more
 
 
 # ---- Prompts and greedy decoding (paper, section 3): first the label, then the rationale
 def explain_prompts(run: Run, labels: list[str], questions: list[str]) -> list[str]:
-    """Prompts that show a label. In DSS the explanation never sees one."""
+    """The prompts of stage 2 for a rationale. They show a label, except in the baseline DSS."""
     if run.options.method == "dss":
-        return with_prefix("explain:", questions)
+        return [f"explain: {question}" for question in questions]
     pairs = zip(labels, questions, strict=True)
     return [f"given label: {label}, explain: {question}" for label, question in pairs]
 
 
-def decode(run: Run, prompts: list[str], max_new_tokens: int) -> list[str]:
+def generate_texts(run: Run, prompts: list[str], max_new_tokens: int) -> list[str]:
     """What the model writes after each prompt, greedily; `generate` itself turns dropout off."""
     texts = []
     for start in range(0, len(prompts), DECODE_BATCH):
         batch = prompts[start : start + DECODE_BATCH]
-        input_ids = run.tokenizer.encode(batch, run.options.max_source).to(run.device)
-        rows = run.model.generate(input_ids, max_new_tokens).tolist()
-        texts += map(run.tokenizer.decode, rows)
+        input_ids = run.tokenizer.to_ids(batch, run.options.max_source).to(run.options.device)
+        for row in run.model.generate(input_ids, max_new_tokens).tolist():
+            texts.append(run.tokenizer.to_text(row))
     return texts
 
 
 def predict_labels(run: Run, questions: list[str]) -> list[str]:
     """The predicted labels. An output that is no label stays as it is."""
-    return decode(run, with_prefix("predict:", questions), run.label_tokens)
+    prompts = [f"predict: {question}" for question in questions]
+    return generate_texts(run, prompts, run.label_tokens)
 
 
 # ---- Stage 1: rationales alone
-def target_nats(run: Run, prompts: list[str], targets: list[str]) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in nats of each target after its prompt, and its tokens: (B,), (B,)."""
-    input_ids = run.tokenizer.encode(prompts, run.options.max_source).to(run.device)
-    target_ids = run.tokenizer.encode(targets, run.options.max_target).to(run.device)
+def target_nll(run: Run, prompts: list[str], targets: list[str]) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each target after its prompt, in nats; its tokens: (B,), (B,)."""
+    input_ids = run.tokenizer.to_ids(prompts, run.options.max_source).to(run.options.device)
+    target_ids = run.tokenizer.to_ids(targets, run.options.max_target).to(run.options.device)
     return run.model.nll(input_ids, target_ids).sum(1), target_ids.count_nonzero(1)  # 0 is padding
 
 
 def token_loss(run: Run, prompts: list[str], targets: list[str]) -> Tensor:
-    """This process's share of the mean over all target tokens: the shares add up to it."""
-    nats, tokens = target_nats(run, prompts, targets)
+    """Mean over all target tokens; of several processes each returns its part of that mean."""
+    nll, tokens = target_nll(run, prompts, targets)
     n_tokens = tokens.sum()
     if WORLD > 1:
-        dist.all_reduce(n_tokens)
-    return nats.sum() / n_tokens.clamp(min=1)  # an empty rationale has none, not even the end
+        dist.all_reduce(n_tokens)  # the sum over all processes
+    return nll.sum() / n_tokens.clamp(min=1)  # a batch may have no rationale, so no token
 
 
-def stage1_loss(run: Run, batch: list[Example]) -> tuple[Tensor, dict]:
+def stage1_loss(run: Run, batch: list[Example], step: int) -> tuple[Tensor, dict]:
     """explain: {question} -> rationale. Returns the loss, and values for log.jsonl."""
-    questions, _, rationales = columns(batch)
-    loss = token_loss(run, with_prefix("explain:", questions), rationales)
+    questions, _, rationales = columns(batch[RANK::WORLD])  # the rows of this process
+    prompts = [f"explain: {question}" for question in questions]
+    loss = token_loss(run, prompts, rationales)
     return loss, {"loss": loss.item(), "loss_explain": loss.item()}
 
 
@@ -118,8 +119,7 @@ def p_predicted(
         return min(cap, i / n)
     end = min(cap, 1 - 1e-6)  # the two curves come close to 1 and never reach it
     if schedule == "exponential":
-        k = (1 - end) ** (1 / n)
-        return 1 - k**i
+        return 1 - (1 - end) ** (i / n)  # k = (1 - end)^(1 / n)
     k = inverse_sigmoid_k(n, end)
     return 1 / (1 + k * math.exp(-i / k))  # = 1 - k / (k + e^(i/k)), without overflow
 
@@ -167,196 +167,169 @@ def mix_labels(run: Run, batch: list[Example], coins: list[bool]) -> tuple[list[
     return labels, counts
 
 
-def stage2_loss(
-    run: Run, batch: list[Example], coins: list[bool], alpha: float
-) -> tuple[Tensor, dict]:
+def stage2_loss(run: Run, batch: list[Example], step: int) -> tuple[Tensor, dict]:
     """L = alpha * L_predict + (1 - alpha) * L_explain, and values for log.jsonl."""
+    o = run.options
+    alpha, p = o.alpha, 0.0  # the baselines: alpha does not rise, no label is sampled
+    if o.method == "r2d":
+        alpha = alpha_at(step, o.stage2_steps, o.warmup, o.alpha)
+        p = p_predicted(step, o.stage2_steps, o.schedule, o.warmup, o.ramp, o.cap)
+    seed = random.Random(f"{o.seed} coins {step}").getrandbits(60)  # when resumed, the same
+    coins = flip_coins(len(batch), p, torch.Generator().manual_seed(seed))
+    batch, coins = batch[RANK::WORLD], coins[RANK::WORLD]  # the rows of this process
     questions, gold, rationales = columns(batch)
-    labels, log = mix_labels(run, batch, coins)
-    loss_predict = token_loss(run, with_prefix("predict:", questions), gold)
-    log.update(loss=loss_predict.item(), loss_predict=loss_predict.item())
-    if run.options.method == "sft":  # which explains nothing
+    prompts = [f"predict: {question}" for question in questions]
+    loss_predict = token_loss(run, prompts, gold)
+    log = {"loss": loss_predict.item(), "loss_predict": loss_predict.item()}
+    if o.method == "sft":  # fine-tuning on labels alone
         return loss_predict, log
+    labels, counts = mix_labels(run, batch, coins)
     loss_explain = token_loss(run, explain_prompts(run, labels, questions), rationales)
     loss = alpha * loss_predict + (1 - alpha) * loss_explain
-    log.update(loss=loss.item(), loss_explain=loss_explain.item())
-    return loss, log
+    log.update(loss=loss.item(), loss_explain=loss_explain.item(), **counts)
+    return loss, {**log, "alpha": alpha, "p_predicted": p}
 
 
 # ---- Training: one loop for both stages and all methods
-def orthogonal(matrix: Tensor) -> Tensor:
-    """The matrix, its singular values moved near 1 by Newton-Schulz steps with Muon's numbers."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / wide.norm().clamp(min=1e-30)
-    for _ in range(3):  # Muon has 5; more did not help
-        gram = x @ x.T
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-    return x if wide is matrix else x.T
+@dataclass
+class Progress:
+    """How far a stage has come; with weights and optimisers it is all that resuming needs."""
+
+    stage: int
+    step: int = 0  # updates done
+    log: list[dict] = field(default_factory=list)  # the lines of log.jsonl, of both stages
+    best_score: float = -math.inf
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    bad_evals: int = 0  # validations in a row without a better score
 
 
-@torch.no_grad()
-def optimize(model: Transformer, state: dict[str, tuple], lr: float) -> None:
-    """Muon (Jordan et al. 2024) in the layers, Adam (arXiv 1412.6980) for embeddings and norms.
-
-    Muon makes the mean gradient orthogonal: what is rare is learned as fast as what is frequent.
-    Rates are relative to the size (RMS) of a weight when the stage begins, as in T5's own
-    optimiser (Adafactor, arXiv 1804.04235): in T5 sizes differ a hundredfold.
-    """
-    for name, weight in model.named_parameters():
-        if name not in state:
-            least = 3.0 if "bias" in name else 1e-3  # position biases begin near 0, but are logits
-            size = weight.square().mean().sqrt().clamp(min=least)
-            state[name] = (size, torch.zeros_like(weight), torch.zeros_like(weight))
-        size, mean, square = state[name]
-        mean.lerp_(weight.grad, 0.2)  # 0.8 of the mean and 0.2 of the gradient
-        if weight.ndim == 2 and name.startswith(("encoder.", "decoder.")):
-            direction = orthogonal(mean) * max(weight.shape) ** 0.5  # its RMS is then 1
-        else:
-            square.lerp_(weight.grad.square(), 0.05)  # no bias correction: there is a warm-up
-            direction = mean / (square.sqrt() + 1e-8)
-        weight -= lr * size * direction
-
-
-def lr_at(step: int, steps: int, lr: float) -> float:
-    """Learning rate: up linearly over the first tenth of the updates, then down linearly to 0."""
-    rising = (step + 1) / max(0.1 * steps, 1)  # not in the paper; without it stage 1 is undone
-    falling = (steps - step) / max(0.9 * steps, 1)
+def lr_at(step: int, steps: int, lr: float, warmup: float) -> float:
+    """Learning rate: up linearly over the share `warmup` of the updates, then down to 0."""
+    rising = (step + 1) / max(warmup * steps, 1)
+    falling = (steps - step) / max((1 - warmup) * steps, 1)
     return lr * min(1.0, rising, falling)
 
 
 def sum_over_processes(run: Run, log: dict) -> None:
-    """Add up the gradients of all processes, and the losses and counts for the log."""
+    """Add up the parts of all processes: the gradients, and the losses and counts for the log."""
     for weight in run.model.parameters():
         dist.all_reduce(weight.grad)
     for key, value in log.items():
-        total = torch.tensor(value, device=run.device)
-        dist.all_reduce(total)
-        log[key] = total.item()
+        if key not in ("alpha", "p_predicted"):
+            total = torch.tensor(value, device=run.options.device)
+            dist.all_reduce(total)
+            log[key] = total.item()
 
 
 @torch.no_grad()
-def rationale_nats(run: Run, prompts: list[str], rationales: list[str]) -> tuple[list, list]:
-    """Nats of each gold rationale after its prompt, and its number of tokens."""
-    nats, tokens = [], []
+def nll_of_texts(run: Run, prompts: list[str], rationales: list[str]) -> tuple[list, list]:
+    """Negative log-likelihood in nats of each gold rationale after its prompt, and its tokens."""
+    nll, n_tokens = [], []
     for start in range(0, len(prompts), DECODE_BATCH):
         rows = slice(start, start + DECODE_BATCH)
-        more_nats, more_tokens = target_nats(run, prompts[rows], rationales[rows])
-        nats += more_nats.tolist()
-        tokens += more_tokens.tolist()
-    return nats, tokens
+        more_nll, more_tokens = target_nll(run, prompts[rows], rationales[rows])
+        nll += more_nll.tolist()
+        n_tokens += more_tokens.tolist()
+    return nll, n_tokens
 
 
 def validate(run: Run, stage: int) -> dict[str, float]:
-    """Scores on the validation split: rank 0 computes them, all processes get them."""
-    run.model.eval()
-    scores = [{}]  # a list, for broadcast to fill
-    if RANK == 0 and stage == 1:
-        questions, _, rationales = columns(run.dataset.stage1_val)
-        nats, tokens = rationale_nats(run, with_prefix("explain:", questions), rationales)
-        scores[0]["val_loss"] = sum(nats) / max(sum(tokens), 1)
-    elif RANK == 0:
+    """Stage 1: loss per token of the rationales. Stage 2: macro-F1 of the predicted labels."""
+    if stage == 2:
         questions, gold, _ = columns(run.dataset.val)
         predicted = predict_labels(run, questions)
-        scores[0]["val_macro_f1"] = metrics.macro_f1(gold, predicted, run.dataset.labels)
-    run.model.train()
-    if WORLD > 1:
-        dist.broadcast_object_list(scores)
-    return scores[0]
+        return {"val_macro_f1": metrics.macro_f1(gold, predicted, run.dataset.labels)}
+    questions, _, rationales = columns(run.dataset.stage1_val)
+    prompts = [f"explain: {question}" for question in questions]
+    nll, n_tokens = nll_of_texts(run, prompts, rationales)
+    return {"val_loss": sum(nll) / sum(n_tokens)}
 
 
-def train(run: Run, stage: int) -> None:
+def train(
+    run: Run, stage: int, examples: list, steps: int, loss_of: Callable, patience: int, start: float
+) -> None:
     """One stage: from the last save, or the weights in the model, to its best checkpoint.
 
-    Best: in stage 1 the lowest validation loss, in stage 2 the highest macro-F1, but only after
-    the ramp and 65 % of the updates: the authors may choose weights that never saw own labels.
+    `start` is the first update after which weights may be the best; `patience` the validations in
+    a row without better ones that end the stage (the default has too few for it).
     """
     o = run.options
-    examples, steps, patience, select_from = run.dataset.stage1_train, o.stage1_steps, 3, 0
-    if stage == 2:
-        examples, steps, patience = run.dataset.train, o.stage2_steps, 5
-        select_from = steps * min(1, max(0.65, o.warmup + o.ramp))
-    progress = SimpleNamespace(stage=stage, step=0, log=[], optimizer={}, bad_evals=0)
-    progress.best_score, progress.best_weights = -math.inf, {}
+    progress = Progress(stage)
+    optimizers = run.model.make_optimizers(o.optimizer)
     if (o.out / "last.pt").exists():
-        load(run, progress)
-    lengths = [len(example.question) for example in examples]
+        load(run, progress, optimizers)
     batches = []  # of all updates
+    epoch = 0
     while len(batches) < steps:
-        batches += data.batch_order(lengths, o.batch_size, o.seed, epoch=len(batches))
+        batches += data.make_batches(examples, o.batch_size, o.seed, epoch)
+        epoch += 1
     run.model.train()
-    for step in tqdm(range(progress.step, steps), f"stage {stage}", disable=RANK > 0 or None):
+    updates = range(progress.step, steps)
+    for step in tqdm(updates, f"stage {stage}", disable=RANK > 0 or None):
         if progress.bad_evals == patience:
             break
-        batch = [examples[i] for i in batches[step]]
-        seed = 10**12 * o.seed + 10**5 * step  # of this update: a resumed run draws the same
-        torch.manual_seed(seed + RANK)  # for dropout
-        if stage == 1:
-            schedule = {}
-            loss, log = stage1_loss(run, batch[RANK::WORLD])  # the rows of this process
-        else:
-            alpha, p = o.alpha, 0.0
-            if o.method == "r2d":
-                alpha = alpha_at(step, steps, o.warmup, o.alpha)
-                p = p_predicted(step, steps, o.schedule, o.warmup, o.ramp, o.cap)
-            schedule = {"alpha": alpha, "p_predicted": p}
-            coins = flip_coins(len(batch), p, torch.Generator().manual_seed(seed + 99999))
-            loss, log = stage2_loss(run, batch[RANK::WORLD], coins[RANK::WORLD], alpha)
+        # A seed for each update: a resumed run has the same dropout.
+        torch.manual_seed(random.Random(f"{o.seed} {stage} {step} {RANK}").getrandbits(60))
+        loss, log = loss_of(run, batches[step], step)
         run.model.zero_grad()
         loss.backward()
         if WORLD > 1:
             sum_over_processes(run, log)
         grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0).item()
-        if not math.isfinite(grad_norm):
+        if not math.isfinite(grad_norm):  # before it reaches a weight, and so a file
             raise InputError(f"update {step}: infinite gradients; lower --lr and change --out")
-        lr = lr_at(step, steps, o.lr)
-        optimize(run.model, progress.optimizer, lr)
+        lr = lr_at(step, steps, o.lr, 0.0 if o.optimizer == "adamw" else 0.1)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["relative_lr"]
+            optimizer.step()
         progress.step = step + 1
-        line = {"stage": stage, "step": step, **schedule, **log, "lr": lr, "grad_norm": grad_norm}
+        line = {"stage": stage, "step": step, **log, "lr": lr, "grad_norm": grad_norm}
         progress.log.append(line)
         if progress.step % o.eval_every == 0 or progress.step == steps:
-            line.update(validate(run, stage))
-            score = -line["val_loss"] if stage == 1 else line["val_macro_f1"]
-            if progress.step >= select_from and score > progress.best_score:
+            run.model.eval()
+            line.update(validate(run, stage))  # on all ranks alike, so that all stop together
+            run.model.train()
+            score = line.get("val_macro_f1", -line.get("val_loss", 0.0))
+            if progress.step >= start and score > progress.best_score:
                 progress.best_score = score
                 progress.best_weights = copy.deepcopy(run.model.state_dict())
                 progress.bad_evals = 0
-            elif progress.step >= select_from:
-                progress.bad_evals += 1  # in a row
+            elif progress.step >= start:
+                progress.bad_evals += 1
             if RANK == 0:
-                save(run, progress)
+                save(run, progress, optimizers)
     run.model.load_state_dict(progress.best_weights)
     if RANK == 0:
         checkpoint = {"config": asdict(run.model.config), "weights": progress.best_weights}
-        data.write_checkpoint(o.out / f"stage{stage}.pt", checkpoint)
+        write_checkpoint(o.out / f"stage{stage}.pt", checkpoint)
 
 
 # ---- The test: the same notes explained under the gold, the predicted and a flipped label
 def test_rows(run: Run) -> list[dict]:
     """One row per test example, with every fact that the scores need: predictions.jsonl."""
+    o = run.options
     questions, _, rationales = columns(run.dataset.test)
     predicted = predict_labels(run, questions)
-    conditions = {"r2d": ["gold", "predicted", "flipped"], "dss": ["predicted"], "sft": []}
     majority = statistics.mode(columns(run.dataset.train)[1])
-    rng = random.Random(run.options.seed)
+    rng = random.Random(o.seed)
     rows = []
     for i, example in enumerate(run.dataset.test):
         wrong = [label for label in run.dataset.labels if label != example.label]
-        row = {**vars(example), "predicted_label": predicted[i], "flipped_label": rng.choice(wrong)}
-        row["majority_label"] = majority
-        if run.dataset.ceiling:  # on triage: the answers of who knows the rule
-            row["ceiling_label"] = run.dataset.ceiling[i].label
-        if run.dataset.ceiling and run.options.method != "sft":
-            row["rationale_given_ceiling"] = run.dataset.ceiling[i].rationale
-            row["rationale_given_ceiling_gold"] = run.dataset.ceiling_gold[i].rationale
+        row = {**vars(example), "predicted_label": predicted[i], "majority_label": majority}
+        row["flipped_label"] = rng.choice(wrong)
+        if run.dataset.ceiling:  # triage
+            row.update(run.dataset.ceiling[i])
         rows.append(row)
-    for condition in conditions[run.options.method]:  # the prompts of DSS hold no label
-        labels = [row[metrics.CONDITIONS[condition]] for row in rows]  # CONDITIONS has the key
+    conditions = {"r2d": ["gold", "predicted", "flipped"], "dss": ["predicted"], "sft": []}
+    for condition in conditions[o.method]:
+        labels = [row[metrics.LABEL_KEYS[condition]] for row in rows]
         prompts = explain_prompts(run, labels, questions)
-        texts = decode(run, prompts, run.options.max_target)
-        nats, tokens = rationale_nats(run, prompts, rationales)
+        texts = generate_texts(run, prompts, o.max_target)
+        nll, n_tokens = nll_of_texts(run, prompts, rationales)
         for i, row in enumerate(rows):
-            row["tokens"] = tokens[i]
-            row[f"nats_given_{condition}"] = nats[i]
+            row["tokens"] = n_tokens[i]
+            row[f"nats_given_{condition}"] = nll[i]
             row[f"rationale_given_{condition}"] = texts[i]
     add_verdicts(run, rows)
     return rows
@@ -368,7 +341,7 @@ def add_verdicts(run: Run, rows: list[dict]) -> None:
     reader = metrics.Reader(rationales, gold, run.dataset.labels)
     for row in rows:
         row["reader_label"] = reader(row["rationale"])
-        for condition in metrics.CONDITIONS:
+        for condition in metrics.LABEL_KEYS:
             text = row.get(f"rationale_given_{condition}")
             if text is not None and run.options.data == "triage":
                 row[f"argues_given_{condition}"] = data.argues_for(text)
@@ -394,207 +367,256 @@ def evaluate(run: Run) -> None:
 
 
 # ---- The files of a run
-def save(run: Run, progress: SimpleNamespace) -> None:
+def write_checkpoint(path: Path, content: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def save(run: Run, progress: Progress, optimizers: list[torch.optim.Optimizer]) -> None:
     """The log so far, in log.jsonl; then all that `load` needs, in last.pt."""
     lines = [json.dumps(line) + "\n" for line in progress.log]
     write_file(run.options.out / "log.jsonl", "".join(lines).encode())
     state = {"progress": vars(progress), "weights": run.model.state_dict()}
-    data.write_checkpoint(run.options.out / "last.pt", state)
+    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    write_checkpoint(run.options.out / "last.pt", state)
 
 
-def load(run: Run, progress: SimpleNamespace) -> None:
+def load(run: Run, progress: Progress, optimizers: list[torch.optim.Optimizer]) -> None:
     """Put the last save back in place; of a save of stage 1, stage 2 takes the log alone."""
     path = run.options.out / "last.pt"
-    with reading(path):
-        state = torch.load(path, map_location=run.device, weights_only=True)
+    with reading(path, "start over in another --out"):
+        state = torch.load(path, map_location=run.options.device, weights_only=True)
         progress.log = state["progress"]["log"]
         if state["progress"]["stage"] == progress.stage:
             vars(progress).update(state["progress"])
             run.model.load_state_dict(state["weights"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
 
 
 def load_weights(run: Run, stage: int) -> None:
     """The best weights of a stage, from its checkpoint."""
     path = run.options.out / f"stage{stage}.pt"
-    with reading(path):
-        checkpoint = torch.load(path, map_location=run.device, weights_only=True)
+    with reading(path, f"train it first, or give the --out of a run that has stage {stage}"):
+        checkpoint = torch.load(path, map_location=run.options.device, weights_only=True)
         run.model.load_state_dict(checkpoint["weights"])
 
 
-# ---- The command line
-def make_parser() -> argparse.ArgumentParser:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser("r2d.py", usage=argparse.SUPPRESS, formatter_class=formatter)
-    add = parser.add_argument_group("method").add_argument
-    add("--stage", type=int, choices=[1, 2], default=2, help="1: stop after stage 1")
-    add("--method", choices=["r2d", "sft", "dss"], default="r2d", help="the paper's, or a baseline")
-    add("--no-stage1", action="store_true", help="ablation: stage 2 alone")
-    schedules = ["linear", "exponential", "inverse-sigmoid", "none"]
-    add("--schedule", choices=schedules, default="linear", help="of P; none: gold only")
-    add("--warmup", type=float, default=0.05, help="share of stage 2 with P = 0 and alpha rising")
-    add("--ramp", type=float, default=0.6, help="share in which P then rises to the cap")
-    add("--cap", type=float, default=0.9, help="P after the ramp")
-    add("--alpha", type=float, default=0.7, help="weight of the label loss after the warm-up")
-    add = parser.add_argument_group("data").add_argument
-    add("--data", default="triage", help="triage (simulated), a file or a folder")
-    add("--override", type=float, default=0.2, help="triage: calls decided against the rule")
-    add("--notes", type=int, default=20000, help="triage: training notes")
-    voices = ["llm", "nurse", "post"]
-    add("--rationales", choices=voices, default="llm", help="triage: whose rationales are learned")
-    add("--stage1-rationales", choices=voices, default="llm", help="triage: the same in stage 1")
-    add("--limit", type=int, help="at most so many examples of a split")
-    add("--max-source", type=int, default=256, help="tokens of a prompt at most")
-    add("--max-target", type=int, default=128, help="tokens of a rationale at most")
-    add("--vocab-size", type=int, default=1536, help="pieces of the tokenizer")
-    add = parser.add_argument_group("model and training").add_argument
-    add("--init", help="folder of a T5 or Flan-T5 checkpoint to start from; else:")
-    add("--width", type=int, default=96, help="of the model")
-    add("--layers", type=int, default=2, help="of the encoder, and of the decoder")
-    add("--heads", type=int, default=6, help="attention heads")
-    add("--stage1-steps", type=int, default=30, help="updates in stage 1")
-    add("--stage2-steps", type=int, default=290, help="updates in stage 2")
-    add("--batch-size", type=int, default=24, help="examples per update")
-    add("--lr", type=float, default=0.04, help="peak, relative to weights; give 0.001 with --init")
-    add("--eval-every", type=int, default=100, help="updates between two validations")
-    add("--dropout", type=float, default=0.0, help="dropout rate")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matrix products")
-    add = parser.add_argument_group("run").add_argument
-    add("--out", type=Path, default="out", help="folder of the run")
-    add("--seed", type=int, default=0, help="of all chance")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
-    add("--eval", action="store_true", help="evaluate without training")
-    add("--ask", metavar="TEXT", help="predict and explain one note")
-    return parser
-
-
-def parse_args(arguments: list[str] | None) -> argparse.Namespace:
-    """The options; a run in --out fixes its own. A wrong one ends the program with status 2."""
-    parser = make_parser()
-    o = parser.parse_args(arguments)
-    path = o.out / "config.json"
-    if path.exists():
-        with reading(path):
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            parser.set_defaults(**saved)  # labels, model and data_sha256 among them
-        o = parser.parse_args(arguments)
-        for name, value in saved.items():
-            if getattr(o, name) != value:
-                parser.error(f"{name}: the run in {o.out} has {value}; change --out")
-    limits = {"seed": (0, 10**6), "max_source": (32, 4096), "max_target": (2, 4096)}
-    limits["vocab_size"] = (400, 10**5)
-    for name, value in vars(o).items():
-        low, high = limits.get(name, (0, 1) if type(value) is float else (1, 10**6))
-        if type(value) in (int, float) and not low <= value <= high:
-            parser.error(f"{name} {value}: must be between {low} and {high}")
-    if o.stage == 1 and (o.method != "r2d" or o.no_stage1 or o.eval):
-        parser.error("--stage 1: is training, of --method r2d alone, without --no-stage1")
-    if o.ask is not None and not o.ask.encode().strip():  # encode: raises if it is not UTF-8
-        parser.error("--ask: the text is empty")
-    return o
-
-
-def setup(o: argparse.Namespace) -> Run:
-    """Data, tokenizer and untrained model of a run. Raises InputError; writes nothing."""
-    accelerator = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    device = accelerator if o.device == "auto" else o.device
-    if device not in ("cpu", accelerator):
-        raise InputError(f"--device {device}: this machine has none; use --device cpu")
-    if device == "cuda":
-        torch.cuda.set_device(RANK % torch.cuda.device_count())
-    both_voices = (o.rationales, o.stage1_rationales)
-    dataset = data.load_data(o.data, o.seed, o.limit, o.notes, o.override, *both_voices)
-    questions, _, rationales = columns(dataset.train + dataset.stage1_train)
-    if not any(rationales) and o.method != "sft":
-        raise InputError(f"{o.data}: train has no rationales; use --method sft")
-    torch.manual_seed(o.seed)
-    if o.init:
-        tokenizer = Tokenizer.load(Path(o.init) / "spiece.model")
-        with reading(Path(o.init)):
-            model = load_t5(Path(o.init), o.dropout)
-    else:
-        if (o.out / "tokenizer.model").exists():
-            tokenizer = Tokenizer.load(o.out / "tokenizer.model")
-        else:
-            prefixes = [f"predict: given label: {label}, explain:" for label in dataset.labels]
-            tokenizer = Tokenizer.train([*prefixes, *questions, *rationales], o.vocab_size)
-        shape = (o.width, o.heads, math.ceil(o.width / o.heads), 4 * o.width, o.layers, o.layers)
-        model = Transformer(ModelConfig(len(tokenizer), *shape, o.dropout))
-    label_tokens = tokenizer.longest(dataset.labels, min(o.max_target, o.max_source // 2))
-    return Run(o, dataset, tokenizer, model.to(device), device, label_tokens)
+def read_config(out: Path) -> dict:
+    """The config.json of the run in `out`; empty if there is no run yet."""
+    path = out / "config.json"
+    if not path.exists():
+        return {}
+    with reading(path, "start over in another --out"):
+        return {**json.loads(path.read_text(encoding="utf-8"))}
 
 
 def write_config(run: Run) -> None:
-    """Print the sizes of the data; write config.json and tokenizer.model."""
+    """config.json and tokenizer.model: with stage2.pt they are all that --ask needs."""
     o = run.options
     config = {**vars(o), "labels": run.dataset.labels, "model": asdict(run.model.config)}
-    config["data_sha256"] = hashlib.sha256(repr(run.dataset).encode()).hexdigest()
-    if getattr(o, "data_sha256", config["data_sha256"]) != config["data_sha256"]:
-        raise InputError(f"{o.data}: other data than the run in {o.out} has; change --out")
-    if RANK > 0:
-        return
-    questions, labels, _ = columns(run.dataset.test)
-    ids = run.tokenizer.encode(explain_prompts(run, labels, questions), o.max_source)
-    full = int(ids[:, o.max_source - 1 :].count_nonzero())  # whose last place is filled
-    sizes = f"{len(run.dataset.train)} train, {len(run.dataset.val)} val, {len(ids)} test examples"
-    print(f"{o.data}: {sizes}; {full} of test fill --max-source and may be cut")
-    for name in ["stage", "out", "device", "eval", "ask"]:  # these may change from call to call
+    for name in CALL_OPTIONS:
         del config[name]
     o.out.mkdir(parents=True, exist_ok=True)
     write_file(o.out / "config.json", json.dumps(config, indent=2).encode())
     write_file(o.out / "tokenizer.model", run.tokenizer.model)
 
 
+# ---- The command line
+def between(low: float, high: float, kind: type) -> dict:
+    """The type of an option, for argparse: a number from low to high."""
+
+    def parse(text: str) -> float:
+        if not low <= kind(text) <= high:
+            raise ValueError
+        return kind(text)
+
+    parse.__name__ = f"{kind.__name__} from {low} to {high}"  # argparse puts it into its message
+    return {"type": parse, "metavar": f"{low}..{high}"}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser("r2d.py", usage=argparse.SUPPRESS, formatter_class=formatter)
+    share, count = between(0, 1, float), between(1, 10**6, int)
+    add = parser.add_argument_group("method").add_argument
+    add("--stage", type=int, choices=[1, 2], default=2, help="1: stop after stage 1")
+    add("--method", choices=["r2d", "sft", "dss"], default="r2d", help="the paper's, or a baseline")
+    add("--no-stage1", action="store_true", help="ablation: stage 2 alone")
+    schedules = ["linear", "exponential", "inverse-sigmoid", "none"]
+    add("--schedule", choices=schedules, default="linear", help="of P(predicted); none: gold only")
+    add("--warmup", **share, default=0.05, help="share of stage 2 with P = 0 and alpha rising")
+    add("--ramp", **share, default=0.6, help="then P rises over this share; linear: cap * ramp")
+    add("--cap", **share, default=0.9, help="P after the ramp")
+    add("--alpha", **share, default=0.7, help="weight of the label loss after the warm-up")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="triage", help="triage (simulated), a .csv or .jsonl file, or a folder")
+    add("--override", **share, default=0.2, help="triage: calls decided against the rule")
+    add("--notes", **count, default=1000, help="triage: training notes")
+    add("--stage1-notes", **count, help="triage: notes whose rationales stage 1 has (as --notes)")
+    add("--stage1-data", help="rationales for stage 1: a file with question,rationale")
+    voices = ["llm", "nurse", "post", "reasons"]
+    add("--rationales", choices=voices[:3], default="llm", help="triage: whose style is learned")
+    add("--stage1-rationales", choices=voices, default="llm", help="reasons: llm without the label")
+    add("--limit", **count, help="at most so many examples of each split, for trying")
+    add("--max-source", **between(32, 4096, int), default=256, help="tokens of a prompt at most")
+    add("--max-target", **between(2, 4096, int), default=128, help="tokens of a rationale at most")
+    add("--vocab-size", **between(400, 10**5, int), default=1536, help="pieces of the tokenizer")
+    add = parser.add_argument_group("model and training").add_argument
+    add("--init", help="folder of a T5 or Flan-T5 checkpoint to start from; else:")
+    add("--width", **count, default=96, help="of the model")
+    add("--layers", **count, default=2, help="of the encoder, and of the decoder")
+    add("--heads", **count, default=6, help="attention heads")
+    add("--stage1-steps", **count, default=220, help="updates in stage 1")
+    add("--stage2-steps", **count, default=220, help="updates in stage 2")
+    add("--batch-size", **count, default=24, help="examples per update")
+    add("--optimizer", choices=["muon", "adamw"], default="muon", help="adamw: as in the paper")
+    add("--lr", **share, help="peak (muon 0.04, relative to weights; adamw 0.001; T5: 0.0003)")
+    add("--eval-every", **count, default=50, help="updates between two validations")
+    add("--dropout", **share, default=0.0, help="dropout rate")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matrix products")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", type=Path, default="out", help="folder of the run")
+    add("--seed", **between(0, 10**6, int), default=0, help="random seed")
+    devices = ["cpu", str(torch.accelerator.current_accelerator(check_available=True) or "cpu")]
+    add("--device", choices=["auto", *devices], default="auto", help="where to compute")
+    add("--eval", action="store_true", help="evaluate without training")
+    add("--ask", metavar="TEXT", help="predict and explain one note")
+    add("--given", metavar="LABEL", help="with --ask: explain it under this label")
+    return parser
+
+
+CALL_OPTIONS = ["stage", "out", "device", "eval", "ask", "given"]  # may differ from call to call
+
+
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    """The options; a run in --out fixes its own. A wrong one ends the program with status 2."""
+    parser = make_parser()
+    o = parser.parse_args(arguments)
+    saved = {name: value for name, value in read_config(o.out).items() if name in vars(o)}
+    parser.set_defaults(**saved)
+    o = parser.parse_args(arguments)
+    for name, value in saved.items():
+        if getattr(o, name) != value:
+            parser.error(f"{name}: the run in {o.out} has {value}; change --out")
+    if o.lr is None:
+        o.lr = 0.04 if o.optimizer == "muon" else 0.001
+    if o.device == "auto":
+        o.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if o.stage == 1 and (o.method != "r2d" or o.no_stage1 or o.eval):
+        parser.error("--stage 1: is training, of --method r2d alone, without --no-stage1")
+    if o.ask is not None and not o.ask.encode().strip():  # encode: raises if it is not UTF-8
+        parser.error("--ask: the text is empty")
+    if o.given is not None and (o.ask is None or o.method != "r2d"):
+        parser.error("--given: needs --ask, and a run of --method r2d")
+    return o
+
+
+def load_init(folder: Path, dropout: float) -> tuple[Tokenizer, Transformer]:
+    """Tokenizer and model of a T5 folder in the Hugging Face layout. Raises InputError."""
+    tokenizer = Tokenizer.load(folder / "spiece.model")
+    with reading(folder, "needs config.json and model.safetensors in full (git lfs pull)"):
+        model = load_t5(folder, dropout)
+    if len(tokenizer) > model.config.vocab_size:
+        raise InputError(f"{folder}: spiece.model has more pieces than the model; give its own")
+    return tokenizer, model
+
+
+def setup(o: argparse.Namespace) -> Run:
+    """Data, tokenizer and untrained model of a run. Raises InputError; writes nothing."""
+    config = read_config(o.out)
+    if o.ask is None:
+        dataset = data.load_data(o)
+        if o.method != "sft" and not (dataset.stage1_train and dataset.stage1_val):
+            raise InputError(f"{o.data}: no rationales in train or in val; use --method sft")
+        if min(o.batch_size, len(dataset.train)) < WORLD:
+            raise InputError(f"{WORLD} processes, but a batch has fewer examples; start fewer")
+    else:
+        dataset = Dataset(config.get("labels", []))  # the folder of the run is enough
+    questions, _, rationales = columns(dataset.train + dataset.stage1_train)
+    torch.manual_seed(o.seed)
+    if o.init and o.ask is None:
+        tokenizer, model = load_init(Path(o.init), o.dropout)
+    else:
+        if config:
+            tokenizer = Tokenizer.load(o.out / "tokenizer.model")
+        else:
+            prefixes = [f"predict: given label: {label}, explain:" for label in dataset.labels]
+            tokenizer = Tokenizer.train([*prefixes, *questions, *rationales], o.vocab_size)
+        shape = {"d_model": o.width, "d_kv": math.ceil(o.width / o.heads), "d_ff": 4 * o.width}
+        shape |= {"vocab_size": len(tokenizer), "num_heads": o.heads, "dropout": o.dropout}
+        shape |= {"num_layers": o.layers, "num_decoder_layers": o.layers}
+        model = Transformer(ModelConfig(**config.get("model", shape)))
+    label_tokens = tokenizer.longest(dataset.labels, min(o.max_target, o.max_source // 2))
+    return Run(o, dataset, tokenizer, model.to(o.device), label_tokens)
+
+
+def ask(run: Run) -> None:
+    """Predict a label for the note in --ask, or take that of --given, and explain it."""
+    o = run.options
+    label = o.given or predict_labels(run, [o.ask])[0]
+    if o.given not in [None, *run.dataset.labels]:
+        raise InputError(f"--given {o.given}: the labels are {', '.join(run.dataset.labels)}")
+    print(f"label      {label}")
+    if o.method != "sft":
+        prompts = explain_prompts(run, [label], [o.ask])
+        print(f"rationale  {generate_texts(run, prompts, o.max_target)[0]}")
+
+
 def run_command(o: argparse.Namespace) -> None:
     """Answer --ask, evaluate, or train and evaluate what is not done yet."""
-    files = ["stage1.pt"] if o.stage == 1 else ["stage2.pt", "metrics.json"]
-    if all((o.out / file).exists() for file in files) and o.ask is None and not o.eval:
+    done = set(os.listdir(o.out)) if o.out.is_dir() else set()
+    if o.ask is not None and "stage2.pt" not in done:
+        raise InputError(f"{o.out}/stage2.pt: is not there; train first, or give another --out")
+    finished = {"stage1.pt"} if o.stage == 1 else {"stage2.pt", "metrics.json"}
+    if finished <= done and o.ask is None and not o.eval:
         print(f"{o.out}: this run is finished; for a new one give another --out")
         return
     run = setup(o)
-    as_is = o.eval and o.init and not (o.out / "last.pt").exists()  # a T5 without training
-    if (o.eval or o.ask) and not as_is:
-        load_weights(run, 2)
     bfloat16 = o.dtype == "bfloat16"  # without a cache, which would keep old weights
-    with torch.autocast(run.device, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
-        if o.ask:
-            label = predict_labels(run, [o.ask])[0]
-            prompts = explain_prompts(run, [label], [o.ask])
-            print(f"label      {label}")
-            if o.method != "sft":
-                print(f"rationale  {decode(run, prompts, o.max_target)[0]}")
+    with torch.autocast(o.device, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
+        untrained = o.init and not done & {"stage2.pt", "last.pt"}  # a T5 to be scored as it is
+        if (o.eval and not untrained) or o.ask is not None:
+            load_weights(run, 2)
+        if o.ask is not None:
+            ask(run)
             return
-        write_config(run)
-        stages = [] if o.eval else [1, 2][: o.stage]
-        if o.no_stage1 or o.method != "r2d":
-            stages = stages[1:]
-        for stage in stages:
-            if (o.out / f"stage{stage}.pt").exists():
-                load_weights(run, stage)
+        if RANK == 0:
+            write_config(run)
+            print(data.look(run.dataset, run.tokenizer, o.max_source, o.max_target))
+        if o.method == "r2d" and not o.no_stage1 and not o.eval:
+            if "stage1.pt" in done:
+                load_weights(run, 1)
             else:
-                train(run, stage)
-        if o.stage == 2 and RANK == 0:
+                train(run, 1, run.dataset.stage1_train, o.stage1_steps, stage1_loss, 3, 0)
+        if o.stage == 1:
+            return
+        if "stage2.pt" in done:
+            load_weights(run, 2)
+        elif not o.eval:
+            # The authors may choose weights from before the ramp, which never saw own labels.
+            start = o.stage2_steps * min(1, max(0.65, o.warmup + o.ramp))
+            train(run, 2, run.dataset.train, o.stage2_steps, stage2_loss, 5, start)
+        if RANK == 0:
             evaluate(run)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 1 lost a process, 2 bad input, 130 stopped by Ctrl-C."""
+    """Returns the exit status: 0 done, 2 bad input, 130 stopped by Ctrl-C."""
     try:
         if WORLD > 1:
             dist.init_process_group()
         run_command(parse_args(arguments))
         return 0
-    except (InputError, OSError, UnicodeError) as e:  # of text that the screen cannot show, too
-        print(f"r2d.py: {e}", file=sys.stderr)
+    except (InputError, OSError, UnicodeError) as error:
+        print("r2d.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("r2d.py: stopped; give the same command to go on", file=sys.stderr)
         return 130
-    except RuntimeError as e:
-        if WORLD == 1:
-            raise
-        print(f"r2d.py: lost a process ({str(e)[:60]}); start again to go on", file=sys.stderr)
-        return 1
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a screen that lacks a letter must not end a run
     sys.exit(main())

@@ -17,8 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import metrics
 import r2d
-from data import InputError, Tokenizer
-from model import Transformer, load_t5
+from data import InputError, Tokenizer, reading
+from model import Transformer
 
 BATCH = 32  # texts encoded together
 NAMES = ["precision", "recall", "f1"]
@@ -27,31 +27,33 @@ NAMES = ["precision", "recall", "f1"]
 def read_rows(path: Path) -> list[dict]:
     """The rows that have a gold rationale."""
     rows = []
-    try:
+    with reading(path, "give the folder of a finished run"):
         for line in path.read_text(encoding="utf-8").strip("\n").split("\n"):
             row = json.loads(line)
             if row["rationale"]:
                 rows.append(row)
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path}: not of a finished run ({type(error).__name__})") from None
     return rows
 
 
-def load_encoder(folder: Path, device: str) -> tuple[Transformer, Tokenizer]:
-    tokenizer = Tokenizer.load(folder / "spiece.model")
-    model = load_t5(folder).eval()
-    if len(tokenizer) > model.config.vocab_size:
-        raise InputError(f"{folder}: spiece.model is not the tokenizer of these weights")
-    try:
-        return model.to(device), tokenizer
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {device}: this machine has none; use --device cpu") from None
+def bertscore(
+    x: np.ndarray, y: np.ndarray, x_idf: np.ndarray | None = None, y_idf: np.ndarray | None = None
+) -> tuple[float, float, float]:
+    """BERTScore (Zhang et al. 2020) of x (T, D) for y (S, D): precision, recall, F1, 0-100."""
+    if len(x) == 0 or len(y) == 0:
+        return 0.0, 0.0, 0.0
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    y = y / np.linalg.norm(y, axis=1, keepdims=True)
+    cosine = x @ y.T  # (T, D) x (D, S) -> (T, S)
+    precision = 100 * float(np.average(cosine.max(axis=1), weights=x_idf))
+    recall = 100 * float(np.average(cosine.max(axis=0), weights=y_idf))
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return precision, recall, f1
 
 
 @torch.no_grad()
 def vectors(model: Transformer, tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
     """For each text (tokens, D): what the encoder says of each token but the end token."""
-    ids = tokenizer.encode(texts, 512)  # (B, S); 0 is padding, 1 the end
+    ids = tokenizer.to_ids(texts, 512)  # (B, S); 0 is padding, 1 the end
     encoded = model.encode(ids.to(model.embedding.weight.device)).cpu().numpy()  # (B, S, D)
     return [matrix[row > 1] for row, matrix in zip(ids.numpy(), encoded, strict=True)]
 
@@ -63,7 +65,7 @@ def condition_scores(model: Transformer, tokenizer: Tokenizer, rows: list[dict],
         batch = rows[start : start + BATCH]
         texts = vectors(model, tokenizer, [row[key] for row in batch])
         golds = vectors(model, tokenizer, [row["rationale"] for row in batch])
-        triples += map(metrics.bertscore, texts, golds)
+        triples += map(bertscore, texts, golds)
     scores = {"n": len(rows)}
     for name, values in zip(NAMES, np.array(triples).T, strict=True):
         scores |= metrics.bootstrap(name, np.mean, values)
@@ -76,9 +78,10 @@ def score(run: Path, encoder: Path, device: str) -> dict:
     rows = read_rows(path)
     if not rows or "rationale_given_predicted" not in rows[0]:
         raise InputError(f"{path}: no rationales of a model to score")
-    model, tokenizer = load_encoder(encoder, device)
+    tokenizer, model = r2d.load_init(encoder, dropout=0.0)
+    model.to(device).eval()
     result = {"encoder": str(encoder)}
-    for condition in metrics.CONDITIONS:
+    for condition in metrics.LABEL_KEYS:
         key = f"rationale_given_{condition}"
         if key in rows[0]:
             result[condition] = condition_scores(model, tokenizer, rows, key)
@@ -93,21 +96,23 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--encoder", type=Path, required=True, metavar="T5DIR", help="a T5 folder")
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], default="cpu")
+    devices = ["cpu", str(torch.accelerator.current_accelerator(check_available=True) or "cpu")]
+    parser.add_argument("--device", choices=devices, default="cpu")
     args = parser.parse_args(arguments)
     try:
         result = score(args.run, args.encoder, args.device)
         content = json.dumps(result, indent=2, allow_nan=False)
         r2d.write_file(args.run / "bertscore.json", content.encode())
     except (ValueError, LookupError, OSError) as error:  # an InputError is a ValueError
-        print(f"bertscore.py: {error}", file=sys.stderr)
+        print("bertscore.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     print(f"BERTScore by {result.pop('encoder')}, 0-100, ± half of the 95 % interval")
     print("given label         n    precision       recall           f1")
     for condition, scores in result.items():
         line = condition.replace("_", " ").ljust(15) + f"{scores['n']:6}"
         for name in NAMES:
-            line += metrics.show(scores, name).rjust(13)
+            low, high = scores[f"{name}_ci95"]
+            line += f"{scores[name]:.1f} ±{(high - low) / 2:.1f}".rjust(13)
         print(line)
     return 0
 

@@ -14,7 +14,6 @@ from helpers import ROOT, changed, lines, read, write_t5
 from scipy import stats
 
 import data
-import metrics
 
 sys.path.insert(0, str(ROOT / "notebooks"))
 import bertscore
@@ -138,6 +137,34 @@ def test_wrong_arguments_end_before_the_first_run(wrong: str, tmp_path: Path, ca
 
 
 # ---- bertscore.py
+def test_bertscore_by_hand() -> None:
+    """Catches precision and recall swapped, a match that is not the nearest, a scale of 0-1."""
+    score, none = bertscore.bertscore, np.zeros((0, 2))
+    east, both = np.array([[1.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 2.0]])
+    assert score(east, both) == pytest.approx((100, 50, 200 / 3))  # recall: (1 + 0) / 2
+    assert score(both, east) == pytest.approx((50, 100, 200 / 3))
+    assert score(east, both, None, np.array([3.0, 1.0]))[1] == pytest.approx(75)
+    assert score(east, both[1:]) == score(none, both) == (0, 0, 0)
+
+
+def test_bertscore_equals_package() -> None:
+    """Catches any difference from the peer: cosines of both signs, with and without idf."""
+    peer = pytest.importorskip("bert_score.utils").greedy_cos_idf
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        d = rng.integers(1, 40)
+        x = rng.normal(rng.choice([-1, 0, 1]), 1, (rng.integers(3, 25), d))
+        y = rng.normal(0.5, 2, (rng.integers(3, 25), d))
+        idf = [rng.exponential(size=len(side)) for side in (x, y)]
+        ones = [np.ones(len(side)) for side in (x, y)]
+        for weights in (ones, idf):
+            sides = [y, ones[1], weights[1], x, ones[0], weights[0]]
+            sides = [torch.tensor(side[None]) for side in sides]
+            expected = 100 * torch.stack(peer(*sides)).numpy()[:, 0]
+            assert bertscore.bertscore(x, y, *weights) == pytest.approx(expected, abs=1e-5)
+        assert bertscore.bertscore(x, y) == pytest.approx(bertscore.bertscore(x, y, *ones))
+
+
 def test_bertscore_is_of_the_given_encoder(copy: Path) -> None:
     """Catches another encoder or tokenizer, the end token scored, and conditions mixed up."""
     t5 = write_t5(copy / "t5", (copy / "r2d-1" / "tokenizer.model").read_bytes())
@@ -157,7 +184,7 @@ def test_bertscore_is_of_the_given_encoder(copy: Path) -> None:
         return encoder(ids).last_hidden_state[0, :-1].detach().numpy()
 
     pairs = [(row["rationale_given_predicted"], row["rationale"]) for row in rows[:3]]
-    scores = [metrics.bertscore(vectors(text), vectors(gold)) for text, gold in pairs]
+    scores = [bertscore.bertscore(vectors(text), vectors(gold)) for text, gold in pairs]
     result = read(copy / "r2d-3" / "bertscore.json")
     found = [result["predicted"][name] for name in bertscore.NAMES]
     assert found == pytest.approx(np.mean(scores, axis=0), abs=1e-3)

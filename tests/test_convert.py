@@ -1,0 +1,242 @@
+"""notebooks/convert.py: what published files become. All files are made here."""
+
+import csv
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "notebooks"))
+import convert
+
+ESNLI = ["s1", "s2", "labels", "preproc1_expl_1"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write(name: str, content: object) -> str:
+    text = content if isinstance(content, str) else json.dumps(content)
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).write_bytes(text.encode())
+    return name
+
+
+def run(*arguments: str) -> dict[str, list[list[str]]]:
+    """The rows of the three files, which must have the right header."""
+    assert convert.main([*arguments, "out"]) == 0
+    splits = {}
+    for name in ("train", "val", "test"):
+        with open(f"out/{name}.csv", encoding="utf-8", newline="") as file:
+            header, *splits[name] = csv.reader(file, strict=True)
+        assert header == ["question", "label", "rationale"]
+    return splits
+
+
+def pubmedqa(n: int, question: str = "Is {} bad?") -> dict[str, dict]:
+    items = {}
+    for i in range(n):
+        label = ["yes", "no", "maybe"][i % 3]
+        items[f"id{i}"] = {"QUESTION": question.format(i), "CONTEXTS": ["One.", "Two."]}
+        items[f"id{i}"] |= {"final_decision": label, "LONG_ANSWER": f"Since {i}."}
+    return items
+
+
+def bioasq(n: int, **changes: object) -> dict[str, list]:
+    question = {"type": "yesno", "snippets": [{"text": "A."}, {"text": "B."}]}
+    question |= {"exact_answer": "Yes", "ideal_answer": ["First.", "Second."], **changes}
+    return {"questions": [question | {"body": f"Is {i} bad?", "id": str(i)} for i in range(n)]}
+
+
+def esnli(name: str, lines: list[tuple[str, str, str, str]]) -> None:
+    """As published: the explanations lack the last line end."""
+    for kind, texts in zip(ESNLI, zip(*lines, strict=True), strict=True):
+        end = "" if kind.startswith("pre") else " \n"
+        write(f"esnli/{kind}.{name}", " \n".join(texts) + end)
+
+
+def premises(n: int, name: str = "dev") -> list[tuple[str, str, str, str]]:
+    """Three hypotheses for each of n premises."""
+    labels = ["neutral", "entailment", "contradiction"]
+    return [(f"{name} {i // 3} .", f"H {i} .", labels[i % 3], f"e {i}") for i in range(3 * n)]
+
+
+def test_pubmedqa_with_the_official_test(capsys):
+    """Catches a lost context, a wrong column, ids not kept, foreign ids that stop or count."""
+    source = write("ori_pqal.json", pubmedqa(50))
+    truth = write("truth.json", {"id3": "yes", "id41": "maybe", "foreign": "no"})
+    splits = run("pubmedqa", source, truth)
+    expected = [["Is 3 bad? One. Two.", "yes", "Since 3."]]
+    assert splits["test"] == [*expected, ["Is 41 bad? One. Two.", "maybe", "Since 41."]]
+    assert [len(splits["train"]), len(splits["val"])] == [43, 5]  # of 48, a tenth is val
+    assert len({row[0] for row in splits["train"] + splits["val"] + splits["test"]}) == 50
+    printed = capsys.readouterr().out
+    assert "1 ids of truth.json" in printed and "skipped" not in printed
+    assert "test: 2 examples: maybe 1, yes 1\n" in printed
+
+
+def test_pubmedqa_without_it():
+    """Catches test ids taken from a file nobody named, other shares, splits that change."""
+    source = write("ori_pqal.json", pubmedqa(50))
+    write("test_ground_truth.json", {"id3": "yes"})
+    splits = run("pubmedqa", source)
+    assert [len(splits[name]) for name in splits] == [40, 5, 5]
+    numbers = [row[0].split()[1] for row in splits["test"]]
+    assert numbers == ["12", "0", "27", "47", "7"]  # neither in order nor by chance
+
+
+def test_equal_questions_stand_in_one_split():
+    """Catches a question whose twin, in other letters or blanks, is learned and then tested."""
+    twins = pubmedqa(40) | {f"x{key}": item for key, item in pubmedqa(40, "IS  {} bad?").items()}
+    write("o.json", twins)
+    for truth in ([], [write("truth.json", dict.fromkeys(list(twins)[:9], "yes"))]):
+        found = {}
+        for name, rows in run("pubmedqa", "o.json", *truth).items():
+            for row in rows:
+                found.setdefault(row[0].split()[1], set()).add(name)
+        assert len(found) == 40 and all(len(names) == 1 for names in found.values())
+        for path in Path("out").iterdir():
+            path.unlink()
+
+
+def test_texts_survive():
+    """Catches a csv or an encoding that breaks quotes, commas, line ends, letters, BOMs."""
+    text = 'He said "no, no",\r\nthen\nleft\rÉ \u2028 \U0001f912; \\'
+    items = pubmedqa(50) | {"odd": {"QUESTION": text, "CONTEXTS": []}}
+    items["odd"] |= {"final_decision": ' a,"b"\n', "LONG_ANSWER": "left\rright"}
+    write("o.json", "\ufeff" + json.dumps(items))
+    write("truth.json", {"odd": ""})
+    assert run("pubmedqa", "o.json", "truth.json")["test"] == [[text, 'a,"b"', "left\rright"]]
+
+
+def test_bioasq():
+    """Catches other types taken, a list kept as such, a question of two files told twice."""
+    old, new = bioasq(30), bioasq(40, exact_answer=["No"], ideal_answer="Only.", snippets=[])
+    del new["questions"][39]["snippets"]
+    old["questions"].insert(0, {"type": "list", "body": "Which?", "id": "x", "snippets": []})
+    splits = run("bioasq", write("old.json", old), write("new.json", new))
+    assert [len(splits[name]) for name in splits] == [32, 4, 4]
+    expected = [[f"Is {i} bad? A. B.", "yes", "First."] for i in range(30)]
+    expected += [[f"Is {i} bad?", "no", "Only."] for i in range(30, 40)]
+    assert sorted(splits["train"] + splits["val"] + splits["test"]) == sorted(expected)
+
+
+def test_esnli_without_train(capsys):
+    """Catches a premise in two splits, lines that slip, "-" as a label, a changed test."""
+    bad = [("P .", "H .", "-", "e"), ("P .", "H .", "", "e"), ("P .", "", "neutral", "e")]
+    esnli("dev", [*premises(40), ("Test  0 .", "H .", "neutral", "e"), *bad])
+    esnli("test", premises(4, "test"))
+    splits = run("esnli", "esnli")
+    assert splits["test"][4] == ["premise: test 1 . hypothesis: H 4 .", "entailment", "e 4"]
+    assert [len(splits[name]) for name in splits][1:] == [12, 12]  # a tenth of 42 premises
+    rows = splits["train"] + splits["val"]
+    expected = {f"premise: {p} hypothesis: {h}": [label, e] for p, h, label, e in premises(40)}
+    assert {row[0]: row[1:] for row in rows} == expected
+    found = Counter()  # in how many splits a premise stands
+    for rows in splits.values():
+        found.update({row[0].split(" hyp")[0] for row in rows})
+    assert len(found) == 44 and set(found.values()) == {1}
+    printed = capsys.readouterr().out
+    assert "3 of train skipped: without" in printed and "1 of train skipped: also" in printed
+
+
+def test_esnli_with_train():
+    """Catches published splits that are not kept, a premise of val or test in train."""
+    esnli("dev", [("D .", "H .", "neutral", "e"), ("T .", "H .", "neutral", "e")])
+    esnli("test", [("T .", "H .", "neutral", "e")])
+    esnli("train", [(premise, "H .", "neutral", "e") for premise in ("A .", "t  .", "B .", "d .")])
+    splits = run("esnli", "esnli")
+    assert [row[0][9:10] for row in splits["train"]] == ["A", "B"]
+    assert [row[0][9:10] for row in splits["val"] + splits["test"]] == ["D", "T"]
+
+
+ONE = pubmedqa(1)["id0"]
+ASKED = bioasq(30)["questions"]
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+LINES = json.dumps(ONE) + "\n" + json.dumps(ONE) + "\n"  # JSON Lines
+NO_JSON = ["", "{", "[]", "[3]", "3", "null", "[" * 100_000, LINES, POINTER, "\0", {}]
+PUBMEDQA = [*NO_JSON, bioasq(30), pubmedqa(4), pubmedqa(30) | {"x": "yes"}]
+for key in ONE:
+    for value in (None, 3, [3], {"a": 1}, ["\ud83d"], "\ud83d"):
+        PUBMEDQA.append(pubmedqa(30) | {"x": ONE | {key: value}})
+BIOASQ = [*NO_JSON, pubmedqa(30), bioasq(2), {"questions": 3}, {"questions": [*ASKED, 3]}]
+for key in ("body", "snippets", "exact_answer", "ideal_answer"):
+    for value in (None, 3, [3], {"a": 1}, "\ud83d"):
+        BIOASQ.append({"questions": [*ASKED, ASKED[0] | {key: value}]})
+COMMANDS = {"p.json": "pubmedqa p.json out", "b.json": "bioasq g.json b.json out"}
+COMMANDS |= {"t.json": "pubmedqa o.json t.json out"}
+BAD = [("t.json", content) for content in [*NO_JSON, pubmedqa(30), {"foreign": "yes"}]]
+BAD += [("p.json", content) for content in PUBMEDQA] + [("b.json", item) for item in BIOASQ]
+
+
+def all_files() -> dict[Path, bytes]:
+    return {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
+
+
+def refused(capsys, command: str, *named: str) -> None:
+    """Status 2, one line with what is named, nothing made or changed."""
+    before = all_files()
+    try:
+        status = convert.main(command.split())
+    except SystemExit as end:  # argparse's own
+        status = end.code
+    message = capsys.readouterr().err
+    assert status == 2 and message.startswith("convert.py: ")
+    assert [name for name in named if name not in message] == [], message
+    assert message.count("\n") == 1 and len(message) < 600
+    assert all_files() == before
+
+
+@pytest.mark.parametrize(("name", "content"), BAD)
+def test_bad_json_is_refused(name, content, capsys):
+    """Catches a traceback, a guess, a message without the file, a folder that is left behind."""
+    write("g.json", {"questions": []})
+    write("o.json", pubmedqa(30))
+    write(name, content)
+    refused(capsys, COMMANDS[name], name)
+
+
+@pytest.mark.parametrize("split", ["dev", "test", "train"])
+@pytest.mark.parametrize("content", [None, b"neutral", b"a\n" * 91, b"a\n\n" * 90, b"\xff\n" * 90])
+def test_bad_parallel_files_are_refused(split, content, capsys):
+    """Catches lines that slip against each other, a file that is not looked for or not named."""
+    for name in ("dev", "test", "train"):
+        esnli(name, premises(30, name))
+    for kind in ESNLI[1:]:
+        path = Path(f"esnli/{kind}.{split}")
+        good = path.read_bytes()
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        refused(capsys, "esnli esnli out", path.name)
+        path.write_bytes(good)
+
+
+def test_pointers_are_refused(capsys):
+    """Catches the three lines of Git LFS pointers, read as three premises, labels and so on."""
+    esnli("test", premises(30))
+    for kind in ESNLI:
+        write(f"esnli/{kind}.dev", POINTER)
+    refused(capsys, "esnli esnli out", "git lfs pull")
+
+
+def test_bad_commands_are_refused(capsys):
+    """Catches a file or a folder written over, a source taken for OUT_DIR, one that is ignored."""
+    write("o.json", pubmedqa(30))
+    for name in ("train.csv", "val.jsonl", "test.csv"):
+        write(f"full/{name}", "mine")
+        refused(capsys, "pubmedqa o.json full", name)
+        Path("full", name).unlink()
+    for command in ("pubmedqa none.json out", "bioasq none.json out", "esnli none out"):
+        refused(capsys, command, "none", "published")
+    for command in ("pubmedqa o.json o.json", "pubmedqa o.json o.json/out"):
+        refused(capsys, command, "o.json", "give another OUT_DIR")
+    refused(capsys, "pubmedqa o.json o.json extra out", "extra")
+    refused(capsys, "esnli esnli extra out", "extra")
+    refused(capsys, "other o.json out", "other")
+    refused(capsys, "pubmedqa o.json", "OUT_DIR")
