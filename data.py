@@ -1,7 +1,6 @@
-"""Text in, numbers out: examples, files, a look at the data, tokenizer, batches; last, a simulator.
+"""Text in, numbers out: examples, files, tokenizer, batches, a look at the data; last a simulator.
 
-The default data are SIMULATED and are not medical advice. The paper's notes are private, so the
-last part of this file invents calls to a nurse line. The method does not need it: stop there.
+The default data are SIMULATED, as the paper's notes are private, and are not medical advice.
 """
 
 import contextlib
@@ -21,6 +20,8 @@ from pathlib import Path
 import sentencepiece
 import torch
 from torch.nn.utils.rnn import pad_sequence
+
+PAD, END, UNKNOWN = 0, 1, 2  # token ids, as in T5
 
 
 class InputError(ValueError):
@@ -43,7 +44,7 @@ class Dataset:
     test: list[Example] = field(default_factory=list)
     stage1_train: list[Example] = field(default_factory=list)  # each has a rationale
     stage1_val: list[Example] = field(default_factory=list)
-    ceiling: list[dict] = field(default_factory=list)  # triage: the rule's answers to the test
+    ceiling: list[dict] = field(default_factory=list)  # triage: what the rule says to each test
 
 
 def columns(examples: list[Example]) -> tuple[list[str], list[str], list[str]]:
@@ -71,12 +72,12 @@ def load_data(o: Namespace) -> Dataset:
         train, val, test = [examples[: o.limit] for examples in splits]
         labels = dict.fromkeys(columns(train + val + test)[1])  # each once, in their order
         if not val or not test or len(set(columns(train)[1])) < 2:
-            raise InputError(f"{o.data}: needs two labels in train, and examples in val and test")
-        dataset = Dataset(list(labels), train, val, test, train, val)
+            raise InputError(f"{o.data}: needs 10 questions, 2 labels in train, a val and a test")
+        dataset = Dataset(list(labels), train, val, test, stage1_train=train, stage1_val=val)
     if o.stage1_data:
         examples = read_file(Path(o.stage1_data), ["question", "rationale"])
         train, dataset.stage1_val, rest = split(examples, o.seed)
-        dataset.stage1_train = train + rest
+        dataset.stage1_train = train + rest  # stage 1 has no test
     dataset.stage1_train = [e for e in dataset.stage1_train if e.rationale][: o.limit]
     dataset.stage1_val = [e for e in dataset.stage1_val if e.rationale][: o.limit]
     return dataset
@@ -91,13 +92,12 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def reading(path: Path, mend: str = "give another file") -> Iterator[None]:
-    """Whatever is wrong with a file becomes one InputError; `mend` says what the user can do."""
+def reading(path: Path, advice: str = "give another file") -> Iterator[None]:
+    """Whatever is wrong with a file becomes one InputError."""
     try:
         yield
     except Exception as error:  # a missing or damaged file raises a dozen types
-        problem = f"{type(error).__name__}: {str(error)[:300]}"
-        raise InputError(f"{path}: {problem}; {mend}") from None
+        raise InputError(f"{path}: {type(error).__name__}: {str(error)[:300]}; {advice}") from None
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict]]:
@@ -124,7 +124,7 @@ def read_records(path: Path) -> Iterator[tuple[int, dict]]:
 def read_file(path: Path, names: Iterable[str] = ("question", "label", "rationale")) -> list:
     """The examples of a file that has these columns. Raises InputError, which names the line."""
     examples = []
-    line = 0  # until the first record could be read
+    line = 1  # until the first record could be read
     try:
         for number, record in read_records(path):
             line = number
@@ -134,8 +134,8 @@ def read_file(path: Path, names: Iterable[str] = ("question", "label", "rational
                 if text is None and name == "rationale":  # pandas writes null for an empty cell
                     text = ""
                 if type(text) is not str or (not text.strip() and name != "rationale"):
-                    raise ValueError(f"{name} is {text!r}, which is no text")
-                text.encode()  # a lone surrogate, which JSON can hold, fails here
+                    raise ValueError(f"{name} is {text!r}: empty, or no text")
+                text.encode()  # raises for half of a character pair, which JSON can hold
                 texts[name] = text.strip()
             examples.append(Example(**texts))
     except Exception as error:  # of half a dozen types
@@ -145,16 +145,16 @@ def read_file(path: Path, names: Iterable[str] = ("question", "label", "rational
 
 
 def normalized(text: str) -> str:
-    """The text without differences that a reader may not see: case, spaces, Unicode forms."""
+    """For comparing texts: without case, extra spaces and Unicode variants."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def split(examples: list[Example], seed: int) -> list[list[Example]]:
     """Train, val and test, 80/10/10 at random; examples of one question stay together."""
-    groups = defaultdict(list)
+    by_question = defaultdict(list)
     for example in examples:
-        groups[normalized(example.question)].append(example)
-    groups = list(groups.values())
+        by_question[normalized(example.question)].append(example)
+    groups = list(by_question.values())
     random.Random(seed).shuffle(groups)
     tenth = len(groups) // 10
     parts = [groups[2 * tenth :], groups[tenth : 2 * tenth], groups[:tenth]]
@@ -168,69 +168,64 @@ class Tokenizer:
     def __init__(self, model: bytes):
         self.model = model
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.n_pieces = self.processor.get_piece_size()
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         with reading(path, "give the spiece.model of a T5, in full (git lfs pull)"):
             tokenizer = cls(path.read_bytes())
-            if tokenizer.processor.pad_id() != 0 or tokenizer.processor.eos_id() != 1:
+            if tokenizer.processor.pad_id() != PAD or tokenizer.processor.eos_id() != END:
                 raise ValueError("padding and end are not the ids 0 and 1")
         return tokenizer
 
     @classmethod
     def train(cls, texts: list[str], vocab_size: int) -> "Tokenizer":
-        """Byte-pair encoding: on templated text a unigram vocabulary collapses to a few pieces.
-
-        What is not in the vocabulary is written in bytes, so no text, above all no label, loses a
-        letter, as it would with SentencePiece's defaults.
-        """
-        counts = Counter("".join(texts))
-        frequent = sorted(counts, key=counts.get, reverse=True)
-        rare = dict.fromkeys(map(ord, frequent[vocab_size // 4 :]), " ")  # gets no piece: bytes
+        """Byte-pair encoding; rare characters are written in bytes, so no text loses a letter."""
+        rare = Counter("".join(texts)).most_common()[vocab_size // 4 :]
+        blank = {ord(character): " " for character, _ in rare}
         model = io.BytesIO()
-        ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+        ids = {"pad_id": PAD, "eos_id": END, "unk_id": UNKNOWN, "bos_id": -1}  # -1: none
         unchanged = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-        no_limits = {"hard_vocab_limit": False, "max_sentence_length": 10**6, "minloglevel": 2}
+        limits = {"hard_vocab_limit": False, "max_sentence_length": 10**6, "minloglevel": 2}
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([text.translate(rare) for text in texts]),
+            sentence_iterator=iter([text.translate(blank) for text in texts]),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
             character_coverage=1.0,
-            **(ids | unchanged | no_limits),
+            **(ids | unchanged | limits),
         )
         return cls(model.getvalue())
 
-    def __len__(self) -> int:
-        return self.processor.get_piece_size()
-
     def to_ids(self, texts: list[str], limit: int) -> torch.Tensor:
-        """Token ids with the end token, then padding: (B, longest). Longer texts lose their end.
+        """Token ids (texts, longest): cut to the limit, then an end token, then padding.
 
         An empty text is nothing but padding, so it adds nothing to a loss.
         """
         rows = []
         for ids in self.processor.encode(texts):
-            rows.append(torch.tensor([*ids[: limit - 1], 1] if ids else [0]))
-        return pad_sequence(rows, batch_first=True)
+            rows.append(torch.tensor([*ids[: limit - 1], END] if ids else [PAD]))
+        return pad_sequence(rows, batch_first=True, padding_value=PAD)
 
     def to_text(self, ids: list[int]) -> str:
-        """Up to the end token, without padding and ids above the vocabulary, which T5 can give."""
-        if 1 in ids:
-            ids = ids[: ids.index(1)]
-        return self.processor.decode([i for i in ids if 0 < i < len(self)]).strip()
+        """Up to the end token, without padding and ids without a piece, of which T5 has some."""
+        if END in ids:
+            ids = ids[: ids.index(END)]
+        return self.processor.decode([i for i in ids if PAD < i < self.n_pieces]).strip()
 
     def longest(self, labels: list[str], limit: int) -> int:
-        """Tokens of the longest label, with its end. Raises InputError for one that is lost."""
+        """Tokens of the longest label, with its end. Raises InputError if a label is not kept."""
         encoded = self.processor.encode(labels)
         for label, ids in zip(labels, encoded, strict=True):
             if len(ids) >= limit:
-                mend = f"has {len(ids)} tokens: raise --max-target and --max-source, or shorten it"
-                raise InputError(f"the label {label[:50]!r} {mend}")
+                raise InputError(
+                    f"label {label[:50]!r}: too long; raise --max-source, --max-target"
+                )
             if self.to_text(ids) != label:
-                mend = "has characters that the tokenizer does not know: rename it"
-                raise InputError(f"the label {label[:50]!r} {mend}")
+                raise InputError(
+                    f"label {label[:50]!r}: the tokenizer loses a character; rename it"
+                )
         return max(map(len, encoded)) + 1
 
 
@@ -238,7 +233,7 @@ def make_batches(examples: list[Example], size: int, seed: int, epoch: int) -> l
     """The batches of an epoch; the same for the same arguments.
 
     Shuffled, then sorted by length within pools of 16 batches: neighbours of one length need
-    little padding. What does not fill the last batch is left out, at random, if there is another.
+    little padding. A last, incomplete batch is left out, unless it is the only one.
     """
     rng = random.Random(f"{seed} {epoch}")
     order = rng.sample(examples, len(examples))
@@ -247,8 +242,7 @@ def make_batches(examples: list[Example], size: int, seed: int, epoch: int) -> l
     batches = []
     for start in range(0, len(order), 16 * size):
         pool = sorted(order[start : start + 16 * size], key=lambda e: len(e.question))
-        for first in range(0, len(pool), size):
-            batches.append(pool[first : first + size])
+        batches += [pool[first : first + size] for first in range(0, len(pool), size)]
     rng.shuffle(batches)
     return batches
 
@@ -257,10 +251,13 @@ def make_batches(examples: list[Example], size: int, seed: int, epoch: int) -> l
 def look(dataset: Dataset, tokenizer: Tokenizer, max_source: int, max_target: int) -> str:
     """What to know before training: sizes, labels, and a warning for each thing that is odd."""
     counts = Counter(columns(dataset.train)[1])
+    alike = Counter(map(normalized, dataset.labels))
+    seen = set(map(normalized, columns(dataset.train + dataset.stage1_train)[0]))
     encode = tokenizer.processor.encode
     odd = defaultdict(list)
     characters = set()
-    for example in dataset.train + dataset.val + dataset.test + dataset.stage1_train:
+    examples = dataset.train + dataset.val + dataset.test + dataset.stage1_train
+    for example in dict.fromkeys(examples):  # each once
         prompt = f"given label: {example.label}, explain: {example.question}"
         if len(encode(prompt)) >= max_source:
             odd["prompts cut at --max-source"].append(prompt)
@@ -268,28 +265,26 @@ def look(dataset: Dataset, tokenizer: Tokenizer, max_source: int, max_target: in
             odd["rationales cut at --max-target"].append(example.rationale)
         characters.update(prompt, example.rationale)
     for character in sorted(characters):
-        if 2 in encode(character):
+        if UNKNOWN in encode(character):
             odd["characters unknown to the tokenizer"].append(character)
-    alike = Counter(map(normalized, dataset.labels))
     for label in dataset.labels:
         if counts[label] < 0.01 * len(dataset.train):
-            odd["labels rare in train"].append(label)
+            odd["labels rarer than 1 %"].append(label)
         if alike[normalized(label)] > 1:
-            odd["labels that look like another"].append(label)
-    seen = set(map(normalized, columns(dataset.train + dataset.stage1_train)[0]))
+            odd["labels like another"].append(label)
     for question in columns(dataset.test)[0]:
         if normalized(question) in seen:
-            odd["test questions that stand in train or stage 1"].append(question)
+            odd["test questions also in train or stage 1"].append(question)
     sizes = f"{len(dataset.train)} train, {len(dataset.val)} val, {len(dataset.test)} test examples"
     lines = [f"{sizes}; {len(dataset.stage1_train)} rationales for stage 1"]
     lines.append(f"labels in train: {str(dict(counts.most_common(12)))[1:-1]}")
     for what, found in odd.items():
-        lines.append(f"warning: {len(found)} {what}: {str(found)[1:60]}")
+        lines.append(f"warning: {len(found)} {what}: {str(found)[1:60]} ...")
     return "\n".join(lines)
 
 
-# ---- The simulated nurse line: words. A key is the usual wording of a fact, and its name; `other`
-# is a synonym, `short` the nurse's abbreviation, `group` a row of GROUPS, `cue` what reassures.
+# ---- The simulated nurse line: words. A key is a fact, in its usual wording; `other` is a synonym,
+# `short` the nurse's, `cue` what reassures her. `groups` of complaints share their red flags.
 Words = namedtuple("Words", ["other", "short"])
 Complaint = namedtuple("Complaint", ["other", "short", "group", "cue"])
 Flag = namedtuple("Flag", ["other", "short", "tier", "reason", "groups"])
@@ -353,14 +348,14 @@ MODIFIERS = {
     "a recent operation": Words("surgery last month", "post-op"),
 }
 WORDS = COMPLAINTS | RED_FLAGS | SEVERITIES | DURATION | CUES | MODIFIERS
-IMPLIED = {  # what a rationale may say instead of a label's name
+IMPLIED = {  # the labels, tiers 0 to 4, and what a rationale may say instead of their names
     "home care": Words("no visit should be needed for this", "self-care adv"),
     "see doctor within 3 days": Words("an office visit this week is soon enough", "appt this wk"),
     "see doctor within 24 hours": Words("a doctor should look at this by tomorrow", "appt <24h"),
     "go to ED now": Words("emergency care is needed without waiting", "ED"),
     "call 911": Words("an ambulance is needed at once", "EMS"),
 }
-DISPOSITIONS = list(IMPLIED)  # tiers 0 to 4
+DISPOSITIONS = list(IMPLIED)
 DISTRACTORS = ["has a dog", "works nights", "plays chess", "moved house", "asks about a flu shot"]
 
 
@@ -372,20 +367,20 @@ class Call:
     severity: str
     duration: list[str]  # "over a week", or empty
     flags: list[str]  # the red flags, the worst first
-    denied: list[str]  # at most one red flag; lists, so that they can be added up
+    denied: list[str]  # at most one red flag; lists, so that they can be joined
     cues: list[str]  # at most one
     modifiers: list[str]  # at most one
 
     def facts(self) -> set[str]:
-        facts = [self.complaint, self.severity, *self.duration, *self.flags, *self.cues]
-        return {*facts, *self.modifiers, *[f"no {flag}" for flag in self.denied]}
+        facts = {self.complaint, self.severity, *self.duration, *self.flags, *self.cues}
+        return facts | {*self.modifiers, *[f"no {flag}" for flag in self.denied]}
 
 
 def triage_tier(facts: set[str]) -> int:
     """The rule: facts -> tier, an index into DISPOSITIONS. A denied fact ("no ...") never counts.
 
     1. Severity gives the base (mild 0, moderate 1, severe 2); over a week makes it at least 1.
-    2. A red flag raises the tier to its own, whatever 1 says. Without one, a cue lowers it by one.
+    2. A red flag raises it to its own tier at least. Without one, a cue lowers it by one.
     3. A modifier (diabetes, ...) raises it by one, up to the emergency department.
     """
     tier = 0
@@ -409,19 +404,19 @@ def maybe(rng: random.Random, share: float, options: Iterable[str]) -> list[str]
 
 
 def draw_call(rng: random.Random) -> Call:
-    """One call, with red flags and a cue that fit its complaint."""
+    """One call, with red flags and a cue that fit its complaint. All shares are invented."""
     complaint = rng.choice(list(COMPLAINTS))
     group = COMPLAINTS[complaint].group
-    group = [flag for flag in RED_FLAGS if group in RED_FLAGS[flag].groups]
-    weights = [6 - RED_FLAGS[flag].tier for flag in group]  # the worse, the rarer
+    possible = [flag for flag in RED_FLAGS if group in RED_FLAGS[flag].groups]
+    weights = [6 - RED_FLAGS[flag].tier for flag in possible]  # the worse, the rarer
     n_flags = rng.choices([0, 1, 2], [48, 40, 12])[0]
-    drawn = rng.choices(group, weights, k=n_flags)  # perhaps the same one twice
+    drawn = rng.choices(possible, weights, k=n_flags)  # perhaps the same one twice
     return Call(
         complaint=complaint,
         severity=rng.choices(list(SEVERITIES), [46, 36, 18])[0],
         duration=maybe(rng, 0.25, DURATION),
-        flags=[flag for flag in group if flag in drawn],
-        denied=maybe(rng, 0.1, [flag for flag in group if flag not in drawn]),
+        flags=[flag for flag in possible if flag in drawn],
+        denied=maybe(rng, 0.1, [flag for flag in possible if flag not in drawn]),
         cues=maybe(rng, 0.3, [COMPLAINTS[complaint].cue]),
         modifiers=maybe(rng, 0.3, MODIFIERS),
     )
@@ -438,7 +433,7 @@ def write_note(call: Call, rng: random.Random) -> str:
         return rng.choice([fact, WORDS[fact].other])
 
     who = f"{rng.choice(['a woman', 'a man'])} of {rng.randint(18, 94)} years"
-    unit = "weeks" if call.duration else "days"
+    unit = "weeks" if call.duration else "days"  # "weeks" states the fact "over a week"
     what = f"{say(call.complaint)} for {rng.randint(2, 6)} {unit}"
     opening = rng.choice([f"{who} with {what}", f"{who} has had {what}", f"{what} in {who}"])
     rest = [f"{rng.choice(['it is', 'caller calls it'])} {say(call.severity)}"]
@@ -451,7 +446,7 @@ def write_note(call: Call, rng: random.Random) -> str:
 
 
 def llm_steps(call: Call) -> list[str]:
-    """A sentence with a reason for each fact that matters."""
+    """As a language model may write: a sentence with a reason for each fact that matters."""
     if call.flags:
         steps = [f"{call.flags[0]} can mean {RED_FLAGS[call.flags[0]].reason}"]
     else:
@@ -463,11 +458,10 @@ def llm_steps(call: Call) -> list[str]:
 
 
 def post_steps(call: Call) -> list[str]:
-    """The nurse's, post-processed: the facts in their usual words."""
+    """The nurse's rationale, post-processed: the facts in their usual words."""
     steps = [call.complaint, call.severity, *call.duration]
     steps += [f"denies {flag}" for flag in call.denied]
-    reasons = call.flags[:1] or call.cues  # a cue counts only without a red flag
-    return steps + reasons + call.modifiers
+    return steps + (call.flags[:1] or call.cues) + call.modifiers  # a cue, if there is no red flag
 
 
 def nurse_steps(call: Call) -> list[str]:
@@ -486,7 +480,7 @@ NAMED = 0.75  # share of the rationales that name their label; the others imply 
 def make_example(call: Call, note: str, tier: int, voice: str, named: bool) -> Example:
     """The note with this tier's label, and a rationale that names the label or implies it.
 
-    If the tier is not the rule's, the nurse had reasons that no note holds; the rationale says so.
+    If the tier is not the rule's, the nurse had reasons that are not in the note, and says so.
     """
     label = DISPOSITIONS[tier]
     steps = VOICES[voice](call)
@@ -504,32 +498,29 @@ def simulate(o: Namespace) -> Dataset:
     """The simulated nurse line: --notes for stage 2, --stage1-notes for stage 1.
 
     In a share --override of the calls the nurse decides one level above or below the rule, for
-    reasons that the note does not hold. Notes depend on the seed and the split alone.
+    reasons that the note does not hold. The notes are the same whatever --override is.
     """
     data = Dataset(DISPOSITIONS)
     n_stage1 = o.stage1_notes or o.notes
     train = "train", max(o.notes, n_stage1), data.train, data.stage1_train
     val = "val", 500, data.val, data.stage1_val
-    for split, size, examples, stage1_examples in [train, val, ("test", 1000, data.test, [])]:
-        rng = random.Random(f"{o.seed} {split}")
+    test = "test", 1000, data.test, []
+    for name, size, examples, stage1_examples in [train, val, test]:
+        rng = random.Random(f"{o.seed} {name}")
         for _ in range(min(size, o.limit or size)):
             call = draw_call(rng)
             note = write_note(call, rng)
             rule = triage_tier(call.facts())
             neighbour = rng.choice([tier for tier in (rule - 1, rule + 1) if 0 <= tier <= 4])
-            overridden = rng.random() < o.override
-            tier = neighbour if overridden else rule
+            tier = neighbour if rng.random() < o.override else rule
             named = rng.random() < NAMED
             examples.append(make_example(call, note, tier, o.rationales, named))
             stage1_examples.append(make_example(call, note, tier, o.stage1_rationales, named))
-            if split == "test":  # an explainer that knows the rule takes the likelier ending
-                by_rule = make_example(call, note, rule, o.rationales, named=True)
-                by_gold = make_example(call, note, tier, o.rationales, named=True)
-                answers = {
-                    "ceiling_label": by_rule.label,
-                    "rationale_given_ceiling": by_rule.rationale,
-                }
-                data.ceiling.append(answers | {"rationale_given_ceiling_gold": by_gold.rationale})
+            if name == "test":
+                answer = make_example(call, note, rule, o.rationales, named=True)
+                by_gold = make_example(call, note, tier, o.rationales, named=True).rationale
+                row = {"ceiling_label": answer.label, "rationale_given_ceiling": answer.rationale}
+                data.ceiling.append({**row, "rationale_given_ceiling_gold": by_gold})
     data.train = data.train[: o.notes]
     data.stage1_train = data.stage1_train[:n_stage1]
     return data
@@ -562,6 +553,6 @@ def argues_for(text: str) -> str | None:
 
 
 def ungrounded(text: str, question: str) -> list[str]:
-    """The facts that a rationale states and its question does not; wrong reasons are not seen."""
+    """The facts that a rationale states and its question does not. Reasons are not checked."""
     facts = read_facts(text) - set(DISPOSITIONS)
     return sorted(facts - read_facts(question)) if facts else ["no fact at all"]

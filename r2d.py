@@ -29,9 +29,10 @@ import metrics
 from data import Dataset, Example, InputError, Tokenizer, columns, reading, write_file
 from model import ModelConfig, Transformer, load_t5
 
-# torchrun starts WORLD processes, each with a RANK; rank 0 alone validates, tests and writes.
+# torchrun starts WORLD processes, each with a RANK; rank 0 alone tests and writes.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+ACCELERATOR = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 DECODE_BATCH = 128  # prompts decoded together; 64 took a quarter longer
 
 
@@ -103,11 +104,11 @@ def p_predicted(
 ) -> float:
     """P(the label in the explain prompt is the predicted one) at update `step` of `steps`.
 
-    Bengio et al. (2015, section 2.4) write epsilon = 1 - P. P is 0 during the warm-up; then, i
-    updates into a ramp of n = ramp * steps:
-        linear           P = min(cap, i / n), which is at the cap from cap * n on (authors' code)
-        exponential      epsilon = k^i, with the k that reaches the cap at n
-        inverse-sigmoid  epsilon = k / (k + e^(i/k)), likewise; P starts a little above 0
+    Bengio et al. (2015, section 2.4) write epsilon = 1 - P. P is 0 during the warm-up, then rises
+    to the cap during a ramp of n = ramp * steps updates, here in its update i:
+        linear           P = min(cap, i / n): at the cap from cap * n on, as in the authors' code
+        exponential      P = 1 - k^i, with the k that reaches the cap at n
+        inverse-sigmoid  P = 1 - k / (k + e^(i/k)), likewise; it starts a little above 0
     """
     i = step - warmup * steps
     n = ramp * steps
@@ -150,8 +151,8 @@ def flip_coins(n: int, p: float, generator: torch.Generator) -> list[bool]:
 def mix_labels(run: Run, batch: list[Example], coins: list[bool]) -> tuple[list[str], dict]:
     """The labels for the explain prompts: predicted where the coin is True, else gold.
 
-    The authors' code predicts all, with dropout on, and takes invalid labels, too. Returns counts
-    for log.jsonl as well: `wrong_predicted`, prompts with a wrong label, is the dose.
+    The authors' code predicts for all examples, with dropout on, and keeps invalid labels. Also
+    returns counts for log.jsonl: `wrong_predicted`, prompts with a wrong label, is the dose.
     """
     questions, labels, _ = columns(batch)
     counts = {"used_predicted": 0, "wrong_predicted": 0, "invalid_predicted": 0}
@@ -180,7 +181,7 @@ def stage2_loss(run: Run, batch: list[Example], step: int) -> tuple[Tensor, dict
     questions, gold, rationales = columns(batch)
     prompts = [f"predict: {question}" for question in questions]
     loss_predict = token_loss(run, prompts, gold)
-    log = {"loss": loss_predict.item(), "loss_predict": loss_predict.item()}
+    log = {"prompts": len(batch), "loss": loss_predict.item(), "loss_predict": loss_predict.item()}
     if o.method == "sft":  # fine-tuning on labels alone
         return loss_predict, log
     labels, counts = mix_labels(run, batch, coins)
@@ -250,8 +251,8 @@ def train(
 ) -> None:
     """One stage: from the last save, or the weights in the model, to its best checkpoint.
 
-    `start` is the first update after which weights may be the best; `patience` the validations in
-    a row without better ones that end the stage (the default has too few for it).
+    Weights may be the best from update `start` on. The stage ends early after `patience`
+    validations in a row without better ones; in the default there are too few for that.
     """
     o = run.options
     progress = Progress(stage)
@@ -290,7 +291,7 @@ def train(
             run.model.eval()
             line.update(validate(run, stage))  # on all ranks alike, so that all stop together
             run.model.train()
-            score = line.get("val_macro_f1", -line.get("val_loss", 0.0))
+            score = line["val_macro_f1"] if stage == 2 else -line["val_loss"]
             if progress.step >= start and score > progress.best_score:
                 progress.best_score = score
                 progress.best_weights = copy.deepcopy(run.model.state_dict())
@@ -415,9 +416,8 @@ def read_config(out: Path) -> dict:
 def write_config(run: Run) -> None:
     """config.json and tokenizer.model: with stage2.pt they are all that --ask needs."""
     o = run.options
-    config = {**vars(o), "labels": run.dataset.labels, "model": asdict(run.model.config)}
-    for name in CALL_OPTIONS:
-        del config[name]
+    config = {name: value for name, value in vars(o).items() if name not in CALL_OPTIONS}
+    config.update(labels=run.dataset.labels, model=asdict(run.model.config))
     o.out.mkdir(parents=True, exist_ok=True)
     write_file(o.out / "config.json", json.dumps(config, indent=2).encode())
     write_file(o.out / "tokenizer.model", run.tokenizer.model)
@@ -468,19 +468,23 @@ def make_parser() -> argparse.ArgumentParser:
     add("--width", **count, default=96, help="of the model")
     add("--layers", **count, default=2, help="of the encoder, and of the decoder")
     add("--heads", **count, default=6, help="attention heads")
-    add("--stage1-steps", **count, default=220, help="updates in stage 1")
+    add("--stage1-steps", **count, default=150, help="updates in stage 1")
     add("--stage2-steps", **count, default=220, help="updates in stage 2")
     add("--batch-size", **count, default=24, help="examples per update")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="adamw: as in the paper")
-    add("--lr", **share, help="peak (muon 0.04, relative to weights; adamw 0.001; T5: 0.0003)")
+    add(
+        "--lr",
+        **share,
+        help="peak; else 0.04 for muon, which is relative to the weights, 0.001 for adamw",
+    )
     add("--eval-every", **count, default=50, help="updates between two validations")
     add("--dropout", **share, default=0.0, help="dropout rate")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matrix products")
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, default="out", help="folder of the run")
     add("--seed", **between(0, 10**6, int), default=0, help="random seed")
-    devices = ["cpu", str(torch.accelerator.current_accelerator(check_available=True) or "cpu")]
-    add("--device", choices=["auto", *devices], default="auto", help="where to compute")
+    devices = dict.fromkeys(["auto", "cpu", ACCELERATOR])
+    add("--device", choices=devices, default="auto", help="where to compute")
     add("--eval", action="store_true", help="evaluate without training")
     add("--ask", metavar="TEXT", help="predict and explain one note")
     add("--given", metavar="LABEL", help="with --ask: explain it under this label")
@@ -503,7 +507,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     if o.lr is None:
         o.lr = 0.04 if o.optimizer == "muon" else 0.001
     if o.device == "auto":
-        o.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        o.device = ACCELERATOR
     if o.stage == 1 and (o.method != "r2d" or o.no_stage1 or o.eval):
         parser.error("--stage 1: is training, of --method r2d alone, without --no-stage1")
     if o.ask is not None and not o.ask.encode().strip():  # encode: raises if it is not UTF-8
@@ -518,7 +522,7 @@ def load_init(folder: Path, dropout: float) -> tuple[Tokenizer, Transformer]:
     tokenizer = Tokenizer.load(folder / "spiece.model")
     with reading(folder, "needs config.json and model.safetensors in full (git lfs pull)"):
         model = load_t5(folder, dropout)
-    if len(tokenizer) > model.config.vocab_size:
+    if tokenizer.n_pieces > model.config.vocab_size:
         raise InputError(f"{folder}: spiece.model has more pieces than the model; give its own")
     return tokenizer, model
 
@@ -545,7 +549,7 @@ def setup(o: argparse.Namespace) -> Run:
             prefixes = [f"predict: given label: {label}, explain:" for label in dataset.labels]
             tokenizer = Tokenizer.train([*prefixes, *questions, *rationales], o.vocab_size)
         shape = {"d_model": o.width, "d_kv": math.ceil(o.width / o.heads), "d_ff": 4 * o.width}
-        shape |= {"vocab_size": len(tokenizer), "num_heads": o.heads, "dropout": o.dropout}
+        shape |= {"vocab_size": tokenizer.n_pieces, "num_heads": o.heads, "dropout": o.dropout}
         shape |= {"num_layers": o.layers, "num_decoder_layers": o.layers}
         model = Transformer(ModelConfig(**config.get("model", shape)))
     label_tokens = tokenizer.longest(dataset.labels, min(o.max_target, o.max_source // 2))
@@ -555,9 +559,9 @@ def setup(o: argparse.Namespace) -> Run:
 def ask(run: Run) -> None:
     """Predict a label for the note in --ask, or take that of --given, and explain it."""
     o = run.options
-    label = o.given or predict_labels(run, [o.ask])[0]
     if o.given not in [None, *run.dataset.labels]:
         raise InputError(f"--given {o.given}: the labels are {', '.join(run.dataset.labels)}")
+    label = o.given or predict_labels(run, [o.ask])[0]
     print(f"label      {label}")
     if o.method != "sft":
         prompts = explain_prompts(run, [label], [o.ask])
@@ -607,6 +611,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if WORLD > 1:
             dist.init_process_group()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(RANK % torch.cuda.device_count())
         run_command(parse_args(arguments))
         return 0
     except (InputError, OSError, UnicodeError) as error:

@@ -40,7 +40,7 @@ PLACES = {  # score -> where it stands in metrics.json
     "ceiling_bleu_gold": "rationale ceiling_gold bleu",
     "ceiling_bleu": "rationale ceiling bleu",
 }
-SCORES = [*PLACES, "dose"]
+SCORES = [*PLACES, "dose", "updates"]
 
 
 def plan(item: str, seed: int, out: Path, further: list[str]) -> list[str]:
@@ -72,15 +72,13 @@ def dose(log: list[dict], batch_size: int) -> float:
 
 
 def read_run(folder: Path) -> dict[str, float]:
-    """The scores of a run, nan where it has none, and its budget of updates."""
+    """The scores of a run, nan where it has none; its dose; its updates, also if it ended early."""
     with reading(folder):
         result = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
         log = [json.loads(line) for line in lines]
-        run = {"updates": config["stage2_steps"], "dose": dose(log, config["batch_size"])}
-        if config["method"] == "r2d" and not config["no_stage1"]:
-            run["updates"] += config["stage1_steps"]
+        n_prompts = log[-1]["prompts"]  # of each update; small data can be less than a batch
+        run = {"updates": len(log), "dose": dose(log, n_prompts)}
         for name, place in PLACES.items():
             *groups, key = place.split()
             scores = result
@@ -110,7 +108,7 @@ def summarize(runs: dict[str, list[dict]], seeds: list[int], base: str) -> dict:
     """What compare.json holds, from the `read_run` of each item on each seed."""
     rows = {}
     for item in runs:
-        rows[item] = {"updates": runs[item][0]["updates"], "seeds": seeds}
+        rows[item] = {"seeds": seeds}
         for name in SCORES:
             values = np.array([run[name] for run in runs[item]])
             others = np.array([run[name] for run in runs[base]])

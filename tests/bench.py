@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -139,28 +140,25 @@ def show(rows: dict, name: str, unit: str, ours: float, peer: float) -> None:
     print(f"{name:40}{unit:>9}{ours:9.1f}{peer:9.1f}{ratio:7.2f}", flush=True)
 
 
-def step_seconds(
-    run: r2d.Run, peer: Peer, optimizers: list, tries: int, stage: int, p: float
-) -> list[float]:
-    """Median seconds of our update and of the peer's."""
+def compare_steps(run: r2d.Run, tries: int, rows: dict) -> None:
     size, train = run.options.batch_size, run.dataset.train
     batches = make_batches(train, size, seed=0, epoch=0)
-    return in_turn(
-        tries,
-        lambda i: our_step(run, optimizers, batches[i], stage, p),
-        lambda i: peer.step(train[i * size : (i + 1) * size], stage, p),
-    )
-
-
-def compare_steps(run: r2d.Run, tries: int, rows: dict) -> None:
     peer = Peer(run, dropout=0.0)
     run.model.train()
-    adamw, muon = our_optimizers(run, "adamw"), our_optimizers(run, "muon")
-    for stage, p in [(1, 0.0), (2, 0.0), (2, 0.5), (2, 0.9)]:
-        seconds = step_seconds(run, peer, adamw, tries, stage, p)
-        show(rows, f"stage {stage}, P(predicted) {p}", "ms", *[1000 * s for s in seconds])
-    seconds = step_seconds(run, peer, muon, tries, 2, 0.9)
-    show(rows, "the same, ours with Muon", "ms", *[1000 * s for s in seconds])
+
+    def row(name: str, stage: int, p: float, optimizers: list) -> None:
+        seconds = in_turn(
+            tries,
+            lambda i: our_step(run, optimizers, batches[i], stage, p),
+            lambda i: peer.step(train[i * size : (i + 1) * size], stage, p),
+        )
+        show(rows, name, "ms", *[1000 * s for s in seconds])
+
+    adamw = our_optimizers(run, "adamw")
+    row("update, stage 1", 1, 0.0, adamw)
+    for p in (0.0, 0.5, 0.9):
+        row(f"update, stage 2, P(predicted) {p}", 2, p, adamw)
+    row("the same, ours with Muon", 2, 0.9, our_optimizers(run, "muon"))
 
 
 def compare_rationales(run: r2d.Run, notes: int, rows: dict) -> None:
@@ -168,16 +166,15 @@ def compare_rationales(run: r2d.Run, notes: int, rows: dict) -> None:
     peer.model.eval()
     questions, gold, _ = columns(run.dataset.test[:notes])
     prompts = r2d.explain_prompts(run, gold, questions)
-    limit, own_batch = run.options.max_target, r2d.DECODE_BATCH
-    texts = r2d.generate_texts(run, prompts, limit)
-    tokens = run.tokenizer.to_ids(texts, limit).count_nonzero().item()
-    for size in (PEER_BATCH, own_batch):
+    limit = run.options.max_target
+
+    def ours(i: int) -> list[str]:
+        return r2d.generate_texts(run, prompts, limit)
+
+    tokens = run.tokenizer.to_ids(ours(0), limit).count_nonzero().item()
+    for size in (PEER_BATCH, r2d.DECODE_BATCH):
         r2d.DECODE_BATCH = size
-        seconds = in_turn(
-            3,
-            lambda i: r2d.generate_texts(run, prompts, limit),
-            lambda i: peer.generate(prompts, limit),
-        )
+        seconds = in_turn(3, ours, lambda i: peer.generate(prompts, limit))
         title = f"rationales, ours in {size}s, peer's in {PEER_BATCH}s"
         show(rows, title, "tokens/s", *[tokens / s for s in seconds])
 
@@ -185,10 +182,12 @@ def compare_rationales(run: r2d.Run, notes: int, rows: dict) -> None:
 def memory_run(who: str, run: r2d.Run) -> None:
     """Ten updates of stage 2 at P = 0.9; prints the peak memory of the process, in MB."""
     run.model.train()
-    peer = Peer(run, dropout=0.0) if who == "peer" else None
-    optimizers = our_optimizers(run, "adamw")
+    step = partial(our_step, run, our_optimizers(run, "adamw"))
+    if who == "peer":
+        step = Peer(run, dropout=0.0).step
+        run.model = None  # ours must not count
     for batch in make_batches(run.dataset.train, run.options.batch_size, 0, 0)[:10]:
-        peer.step(batch, 2, 0.9) if peer else our_step(run, optimizers, batch, 2, 0.9)
+        step(batch, 2, 0.9)
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
 
@@ -205,8 +204,8 @@ def compare_processes(o: argparse.Namespace, rows: dict) -> None:
         lambda i: subprocess.run([sys.executable, "-c", PEER_IMPORTS], capture_output=True),
     )
     show(rows, "start (ours: -h; the peer's: imports)", "s", *seconds)
-    command = [sys.executable, __file__, "--size", o.size, "--steps", str(o.steps)]
-    command += ["--out", o.out, "--memory"]
+    command = [sys.executable, __file__, "--size", o.size, "--steps", str(o.steps), "--out", o.out]
+    command.append("--memory")
     memory = [float(subprocess.check_output([*command, who])) for who in ("ours", "peer")]
     show(rows, "peak memory, ten updates of stage 2", "MB", *memory)
 

@@ -4,44 +4,58 @@ Every input must end in examples or an InputError of one line, else it is saved 
 """
 
 import argparse
-import contextlib
+import io
 import json
 import random
 import shutil
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
+
+import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
 
-RECORDS, PUBMEDQA, BIOASQ = [], {}, []
+RECORDS = []
 for i in range(12):
     label = ["yes", "no"][i % 2]
     RECORDS.append({"question": f"é{i} \U0001f912", "label": label, "rationale": 'a "b"'})
-    PUBMEDQA[i] = {"QUESTION": "q", "CONTEXTS": ["c"], "final_decision": label, "LONG_ANSWER": "a"}
-    BIOASQ.append({"type": "yesno", "body": f"q{i}", "exact_answer": label, "ideal_answer": ["a"]})
-    BIOASQ[i]["snippets"] = [{"text": "s"}]
 LINES = "\n".join(json.dumps(record, ensure_ascii=False) for record in RECORDS)
 ROWS = "".join('"{question}",{label},"a ""b"""\n'.format(**record) for record in RECORDS)
-OFFICIAL = "official/test_ground_truth.json"
-SEEDS = {  # the file that is damaged: good content; what --data names is in SOURCES
-    "input.jsonl": LINES.encode(),
-    "input.csv": ("question,label,rationale\n" + ROWS).encode(),
-    "pubmedqa.json": json.dumps(PUBMEDQA).encode(),
-    "bioasq.json": json.dumps({"questions": BIOASQ}).encode(),
-    "folder/val.jsonl": LINES.encode(),
-    OFFICIAL: json.dumps({"1": "yes", "2": "no"}).encode(),
-}
-SOURCES = {"folder/val.jsonl": "folder", OFFICIAL: "official/ori_pqal.json"}
-TOKENS = r'" "" { } [ ] : , \ \n \ud800 \u0000 NaN -Infinity null true 1e999 # {} [] """"'.split()
-TOKENS += r'"questions" "question": "label":"a", "type":"yesno" "a\nb":{}, QUESTION'.split()
+SEEDS = {"input.jsonl": LINES.encode(), "folder/val.jsonl": LINES.encode()}  # what is damaged
+SEEDS |= {name: f"question,label,rationale\n{ROWS}".encode() for name in ("input.csv", "s1.csv")}
+SOURCES = {"folder/val.jsonl": {"data": "folder"}}  # the options that name it
+SOURCES |= {"s1.csv": {"data": "folder", "stage1_data": "s1.csv"}}
+TOKENS = r'"" "" { } [ ] : , \ \n \ud800 \u0000 NaN -Infinity null true 1e999 # {} [] """"'.split()
+TOKENS += r'"question": "label":"a", "label":null, "rationale":null, "a\nb":{}, question'.split()
 TOKENS += ["\0", "\ufeff", "\r", "\n", "\r\n", "\t", " ", "\u2028", "\x85", "\x1c", "\U0001f912"]
 TOKENS += ["9" * 400, "9" * 5000, "[" * 100_000, '{"a":' * 5000, "question,label,rationale\n"]
 TOKENS = [token.encode() for token in TOKENS] + [b"\xed\xa0\x80", b"\xff", b"\xc3"]
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1234\n"
+
+
+def t5_like(texts: list[str], size: int, **ids: int) -> bytes:
+    """SentencePiece as in T5: it normalises, and has no bytes for what it does not know."""
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2} | ids
+    model, train = io.BytesIO(), sentencepiece.SentencePieceTrainer.train
+    train(sentence_iterator=iter(texts), model_writer=model, vocab_size=size, **ids)
+    return model.getvalue()
+
+
+TOKENIZER = data.Tokenizer(t5_like([LINES], 40, hard_vocab_limit=False))
+
+
+def options(**changes: object) -> Namespace:
+    """The options that load_data takes, with the defaults of r2d.py."""
+    o = {"data": "triage", "seed": 0, "limit": None, "notes": 1000, "stage1_notes": None}
+    o |= {"override": 0.2, "rationales": "llm", "stage1_rationales": "llm", "stage1_data": None}
+    assert changes.keys() <= o.keys()
+    return Namespace(**(o | changes))
 
 
 def mutate(rng: random.Random, content: bytes) -> bytes:
@@ -56,9 +70,8 @@ def mutate(rng: random.Random, content: bytes) -> bytes:
         elif kind == "cut":
             content = before + rng.choice([after, b"", piece * 3 + after])
         elif kind == "token":
-            content = (
-                before + rng.choice([*TOKENS, rng.randbytes(5)]) + rng.choice([piece, b""]) + after
-            )
+            token = rng.choice([*TOKENS, rng.randbytes(5)])
+            content = before + token + rng.choice([piece, b""]) + after
         elif kind == "other":
             content = before + rng.choice(list(SEEDS.values()))[: rng.randrange(200)] + after
         elif kind == "ends":
@@ -69,19 +82,23 @@ def mutate(rng: random.Random, content: bytes) -> bytes:
     return content
 
 
-def check(source: Path) -> str:
+def check(o: Namespace) -> str:
     """What became of an input. Raises AssertionError, or whatever else is a bug."""
     try:
-        with contextlib.redirect_stdout(None):  # the note on labels that are alike
-            dataset = data.load_data(str(source), 0, None, 0, 0.0, "llm", "llm")
+        dataset = data.load_data(o)
     except data.InputError as error:
-        assert str(error) and "\n" not in str(error)
+        assert str(error) and len(str(error)) < 1000
         return "InputError"
-    assert dataset.val and dataset.test and len({example.label for example in dataset.train}) > 1
-    for example in dataset.train + dataset.val + dataset.test:
-        assert example.question and example.label in dataset.labels
+    splits = [dataset.train, dataset.val, dataset.test]
+    assert all(splits) and len({example.label for example in dataset.train}) > 1
+    for example in [*dataset.train, *dataset.val, *dataset.test, *dataset.stage1_train]:
+        assert example.question and example.label in [*dataset.labels, ""]
         for text in (example.question, example.label, example.rationale):
             assert text.encode() == text.strip().encode()
+    splits = [{data.normalized(example.question) for example in split} for split in splits]
+    assert sum(map(len, splits)) == len(set().union(*splits)) or o.data.endswith("folder")
+    seen = data.look(dataset, TOKENIZER, 64, 64).split("\n")
+    assert len(seen) < 10 and all(line.isprintable() for line in seen), seen
     return "examples"
 
 
@@ -94,23 +111,23 @@ def main(arguments: list[str] | None = None) -> int:
     rng, outcomes = random.Random(o.seed), Counter()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        (root / "official").mkdir()
         (root / "folder").mkdir()
-        for split in ("train", "test"):
-            (root / f"folder/{split}.jsonl").write_bytes(SEEDS["input.jsonl"])
-        (root / "official/ori_pqal.json").write_bytes(SEEDS["pubmedqa.json"])
+        for file in ("folder/train.jsonl", "folder/val.jsonl", "folder/test.jsonl"):
+            (root / file).write_bytes(SEEDS["input.jsonl"])
         for i in range(o.n):
             kind = rng.choice(list(SEEDS))
             (root / kind).write_bytes(mutate(rng, SEEDS[kind]))
+            source = SOURCES.get(kind, {"data": kind})
             end = time.process_time() + 2
             try:
-                outcome = check(root / SOURCES.get(kind, kind))
+                outcome = check(options(**{key: str(root / source[key]) for key in source}))
                 assert time.process_time() < end, "too slow"
             except Exception as error:
                 outcome = "FAILED"
                 shutil.copy(root / kind, o.save / f"fuzz-{o.seed}-{i}-{Path(kind).name}")
                 print(f"input {i} ({kind}): {error!r}"[:500], file=sys.stderr)
             outcomes[kind, outcome] += 1
+            (root / "folder/val.jsonl").write_bytes(SEEDS["input.jsonl"])
     for kind_and_outcome, count in sorted(outcomes.items()):
         print(*kind_and_outcome, count)
     return 1 if any(outcome == "FAILED" for _, outcome in outcomes) else 0

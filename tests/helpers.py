@@ -5,8 +5,11 @@ import random
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+FILES = ["config.json", "last.pt", "log.jsonl", "metrics.json", "predictions.jsonl"]
+FILES += ["stage1.pt", "stage2.pt", "tokenizer.model"]  # what a run leaves
 
 
 def read(path: Path) -> dict:
@@ -21,6 +24,15 @@ def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
 
 
+def same(one: object, two: object) -> bool:
+    """Whether two values, as torch.load gives them, are equal to the bit."""
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return one.equal(two) if isinstance(one, Tensor) else one == two
+
+
 def changed(content: dict, *path: object, value: object) -> dict:
     place = content
     for key in path[:-1]:
@@ -29,21 +41,30 @@ def changed(content: dict, *path: object, value: object) -> dict:
     return content
 
 
-def write_notes(path: Path) -> Path:
-    """160 notes so easy that labels are valid after a few updates."""
+def write_notes(path: Path, every: int = 1) -> Path:
+    """160 notes so easy that labels are valid after a few updates; `every` 2: each second has a
+    rationale."""
     rng, rows = random.Random(0), ["question,label,rationale"]
-    for _ in range(160):
+    for i in range(160):
         part = rng.choice(["arm", "leg", "head", "back"])
         degree, label = rng.choice([("bad", "go"), ("mild", "stay")])
-        rows.append(f"{degree} {part} {rng.randrange(100)},{label},the {part} is {degree}")
+        rationale = f"the {part} is {degree}" if i % every == every - 1 else ""
+        rows.append(f"{degree} {part} {rng.randrange(100)},{label},{rationale}")
     path.write_text("\n".join(rows), encoding="utf-8")
     return path
 
 
-def write_t5(folder: Path, tokenizer: bytes) -> Path:
+def write_folder(path: Path, train: int = 1, val: int = 1) -> str:
+    """The same notes as train, val and test; in two of them each so many-th has a rationale."""
+    for name, every in {"train": train, "val": val, "test": 1}.items():
+        write_notes(path / f"{name}.csv", every)
+    return str(path)
+
+
+def write_t5(folder: Path, tokenizer: bytes, vocab_size: int = 1600) -> Path:
     """A tiny random T5 as transformers saves it, with the tokenizer of a run."""
     transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 1600, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2}
+    sizes = {"vocab_size": vocab_size, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2}
     sizes |= {"num_layers": 2, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
     transformers.set_seed(7)
     transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).save_pretrained(folder)

@@ -13,9 +13,9 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 BEGAN = time.perf_counter()  # before the imports, which take their time, too
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import metrics  # noqa: E402
 import r2d  # noqa: E402
-from data import columns, with_prefix  # noqa: E402
+from data import columns, make_batches  # noqa: E402
 
 NOTES = 300
 
@@ -31,9 +31,8 @@ NOTES = 300
 class Clock:
     """The seconds of this process without those of its measurements, which it prints."""
 
-    def __init__(self, run: r2d.Run, generate: Callable, every: float):
-        self.run = run
-        self.generate = generate  # (prompts, limit) -> texts
+    def __init__(self, generate: Callable, every: float):
+        self.generate = generate  # (run, prompts, limit) -> texts
         self.every = every
         self.paused = 0.0
         self.updates = 0
@@ -42,64 +41,67 @@ class Clock:
     def seconds(self) -> float:
         return time.perf_counter() - BEGAN - self.paused
 
-    def tick(self) -> None:
-        """After each update."""
-        self.updates += 1
+    def tick(self, run: r2d.Run) -> None:
+        """Before each update."""
         if self.seconds() >= self.next:
             self.next += self.every
-            self.measure()
+            self.measure(run)
+        self.updates += 1
 
-    def measure(self) -> None:
+    def measure(self, run: r2d.Run) -> None:
         now = self.seconds()
-        run = self.run
         questions, gold, rationales = columns(run.dataset.val[:NOTES])
-        predicted = self.generate(with_prefix("predict:", questions), run.label_tokens)
+        prompts = [f"predict: {question}" for question in questions]
+        predicted = self.generate(run, prompts, run.label_tokens)
         row = {"seconds": now, "updates": self.updates}
         row["macro_f1"] = metrics.macro_f1(gold, predicted, run.dataset.labels)
         for name, labels in [("bleu_gold", gold), ("bleu_predicted", predicted)]:
             prompts = r2d.explain_prompts(run, labels, questions)
-            texts = self.generate(prompts, run.options.max_target)
+            texts = self.generate(run, prompts, run.options.max_target)
             row[name] = metrics.corpus_bleu(texts, rationales)
         print(json.dumps(row), flush=True)
         self.paused = time.perf_counter() - BEGAN - now
 
 
-def race_ours(run: r2d.Run, every: float) -> None:
-    """The default job; measured after the first update that passes a mark, and at its end."""
-    clock = Clock(run, partial(r2d.decode, run), every)
-    optimize = r2d.optimize
+def race_ours(options: list[str], every: float) -> None:
+    """The default job; measured before the first update that passes a mark, and for its test."""
+    clock = Clock(r2d.generate_texts, every)
 
-    def optimize_and_tick(*arguments) -> None:
-        optimize(*arguments)
-        clock.tick()
+    def ticking(loss_of: Callable) -> Callable:
+        def tick_and_loss(run: r2d.Run, batch: list, step: int) -> tuple:
+            clock.tick(run)
+            return loss_of(run, batch, step)
 
-    r2d.optimize = optimize_and_tick
-    r2d.train(run, 1)
-    r2d.train(run, 2)
-    clock.measure()
+        return tick_and_loss
+
+    r2d.stage1_loss = ticking(r2d.stage1_loss)
+    r2d.stage2_loss = ticking(r2d.stage2_loss)
+    r2d.evaluate = clock.measure
+    r2d.main(options)
 
 
-def race_peer(run: r2d.Run, every: float, seconds: float, lr: float) -> None:
+def race_peer(options: list[str], every: float, seconds: float, lr: float) -> None:
     """The paper's loop for so many seconds; stage 1 has the share of them that it has in ours."""
     import bench
 
+    run = r2d.setup(r2d.parse_args(options))
+    o = run.options
     peer = bench.Peer(run, dropout=0.1)
 
-    def generate(prompts: list[str], limit: int) -> list[str]:
+    def generate(run: r2d.Run, prompts: list[str], limit: int) -> list[str]:
         peer.model.eval()
-        texts = peer.generate(prompts, limit, 64)
+        texts = peer.generate(prompts, limit)
         peer.model.train()
         return texts
 
-    clock = Clock(run, generate, every)
-    o = run.options
+    clock = Clock(generate, every)
     stage1_seconds = seconds * o.stage1_steps / (o.stage1_steps + o.stage2_steps)
-    lengths = [len(example.question) for example in run.dataset.train]
     batches = []
     while clock.seconds() < seconds:
+        clock.tick(run)
         if not batches:
-            batches = r2d.data.batch_order(lengths, o.batch_size, o.seed, epoch=clock.updates)
-        batch = [run.dataset.train[i] for i in batches.pop()]
+            batches = make_batches(run.dataset.train, o.batch_size, o.seed, epoch=clock.updates)
+        batch = batches.pop()
         now = clock.seconds()
         for group in peer.optimizer.param_groups:
             group["lr"] = lr * max(1 - now / seconds, 0)
@@ -109,12 +111,12 @@ def race_peer(run: r2d.Run, every: float, seconds: float, lr: float) -> None:
             done = now - stage1_seconds
             p = r2d.p_predicted(done, seconds - stage1_seconds, "linear", o.warmup, o.ramp, o.cap)
             peer.step(batch, 2, p)
-        clock.tick()
+    clock.measure(run)
 
 
 def race(who: str, seed: int, o: argparse.Namespace) -> list[dict]:
     """One process: the rows that it printed."""
-    command = [sys.executable, __file__, "--who", who, "--seeds", str(seed), "--out", str(o.out)]
+    command = [sys.executable, __file__, "--who", who, "--seeds", str(seed)]
     command += ["--seconds", str(o.seconds), "--every", str(o.every), "--peer-lr", str(o.peer_lr)]
     text = subprocess.check_output([*command, *o.options], text=True)
     rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
@@ -170,14 +172,12 @@ def main(arguments: list[str] | None = None) -> None:
     if o.draw:
         draw(json.loads(Path(o.draw[0]).read_text(encoding="utf-8")), o.draw[1])
     elif o.who:
-        folder = o.out / f"{o.who}-{o.seeds[0]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        options = ["--out", str(folder), "--seed", str(o.seeds[0]), "--device", "cpu", *o.options]
-        run = r2d.setup(r2d.parse_args(options))
-        if o.who == "ours":
-            race_ours(run, o.every)
-        else:
-            race_peer(run, o.every, o.seconds, o.peer_lr)
+        with tempfile.TemporaryDirectory() as folder:
+            options = ["--out", folder, "--seed", str(o.seeds[0]), "--device", "cpu", *o.options]
+            if o.who == "ours":
+                race_ours(options, o.every)
+            else:
+                race_peer(options, o.every, o.seconds, o.peer_lr)
     else:
         rows = []
         for seed in o.seeds:

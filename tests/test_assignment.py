@@ -58,7 +58,7 @@ def mix_labels(gold, questions, labels, coins, predict):
 
 def token_mean_loss(logits, targets):
     core = SimpleNamespace(config=SimpleNamespace(pad_id=0), logits=lambda x: x)
-    core.decode = lambda source, labels: logits
+    core.decoder_states = lambda source, targets: logits
     return model.Transformer.nll(core, None, targets).sum() / (targets != 0).sum().clamp(min=1)
 
 def corpus_bleu(hypotheses, references):

@@ -1,18 +1,21 @@
 """Bad input ends in one line with status 2 and leaves nothing; strange input works."""
 
-import io
 import json
 import os
 import pickle
 import shutil
+import time
 from pathlib import Path
 
+import fuzz
 import pytest
 import torch
 from helpers import lines, read, write_notes, write_t5
 
+import data
 import r2d
 
+CORE = pytest.mark.xfail(strict=True, reason="a fault of r2d.setup, reported")
 TINY = "--limit 48 --stage1-steps 2 --stage2-steps 4 --eval-every 4 --batch-size 4 --width 16"
 TINY = [*TINY.split(), *"--heads 2 --layers 1 --vocab-size 400 --max-source 128".split()]
 TINY += ["--max-target", "24", "--device", "cpu", "--out", "run"]
@@ -74,11 +77,13 @@ LINE = jsonl([record(1)]).strip()
 HEADER, ROWS = "question,label,rationale\n", "q,yes,r\np,no,r\n" * 10
 JSONL = {"nothing": "", "blank": " \n\n", "nine records": jsonl(GOOD[:9]), "NULs": "\0" * 100}
 CSV = {"header only": HEADER, "no header": ROWS, "sep": "sep=,\n" + HEADER + ROWS, "nothing": ""}
+CSV["two columns"] = HEADER.replace("\n", ",label\n") + ROWS.replace("\n", ",new\n")
 for column in COLUMNS:
     for value in ("null", "3", "true", "NaN", "[]", '["a"]', "{}", r'"\ud83d"', '"a', "1e999"):
         fields = dict.fromkeys(COLUMNS, '"x"') | {column: value}
         line = ", ".join(f'"{name}": {text}' for name, text in fields.items())
-        JSONL[f"{column} is {value}"] = f"{TEXT}{{{line}}}\n{TEXT}"
+        if (column, value) != ("rationale", "null"):  # that is an empty one
+            JSONL[f"{column} is {value}"] = f"{TEXT}{{{line}}}\n{TEXT}"
     JSONL[f"no {column}"] = TEXT + LINE.replace(column, "other")
     CSV[f"no {column}"] = HEADER.replace(column, "other") + ROWS
     CSV[f"{column} in capitals"] = HEADER.replace(column, column.upper()) + ROWS
@@ -102,23 +107,8 @@ for row in [*BAD_ROWS, 'q,"a"b,r', '"q,yes,r', '"say \\"a\\"",yes,r', "“q, and
     CSV[f"row {row}"] = f"{HEADER}{ROWS}{row}\n"
 CSV["latin-1"] = (HEADER + ROWS + "é,yes,r").encode("latin-1")
 
-PUBMEDQA = {"QUESTION": "q", "CONTEXTS": ["a"], "final_decision": "yes", "LONG_ANSWER": "r"}
-PUBMEDQA = {str(i): PUBMEDQA | {"final_decision": "yn"[i % 2]} for i in range(30)}
-BIOASQ = {"type": "yesno", "body": "q", "snippets": [], "exact_answer": "no", "ideal_answer": "r"}
-BIOASQ = [BIOASQ | {"exact_answer": "yn"[i % 2]} for i in range(30)]
-JSON = {"3": "3", "null": "null", "list": GOOD, "cut": '{"0": {"QUES', "nothing": "", "{}": {}}
-JSON |= {"record": GOOD[0], "one": {"0": PUBMEDQA["0"]}, "questions 3": {"questions": 3}}
-for value in (None, 3, True, {"a": 1}, [1], [None], [[1]]):
-    for key in PUBMEDQA["0"]:
-        JSON[f"PubMedQA {key} {value}"] = PUBMEDQA | {"x": PUBMEDQA["0"] | {key: value}}
-    for key in ("body", "exact_answer", "ideal_answer", "snippets"):
-        JSON[f"BioASQ {key} {value}"] = {"questions": [*BIOASQ, BIOASQ[0] | {key: value}]}
-    JSON[f"PubMedQA record {value}"] = PUBMEDQA | {"x": value}
-    JSON[f"BioASQ question {value}"] = {"questions": [*BIOASQ, value]}
-
 DATA = {f"jsonl, {name}": ({"d.jsonl": text}, "d.jsonl") for name, text in JSONL.items()}
 DATA |= {f"csv, {name}": ({"d.csv": text}, "d.csv") for name, text in CSV.items()}
-DATA |= {f"json, {name}": ({"d.json": value}, "d.json") for name, value in JSON.items()}
 SPLITS = dict.fromkeys(["train.jsonl", "val.jsonl", "test.jsonl"], TEXT)
 DATA["folder above"] = {f"sub/{name}": TEXT for name in SPLITS}, "."
 for name in SPLITS:
@@ -128,10 +118,10 @@ for name in SPLITS:
     changes |= {"empty": {name: ""}, "a folder": {name: None}, "bad": {name: TEXT + "{}"}}
     changes |= {"header": {f"{stem}.csv": HEADER}, "json": {f"{stem}.json": {}}}
     DATA |= {f"folder, {stem} {kind}": (rest | files, ".") for kind, files in changes.items()}
+DATA["json"], DATA["text"] = ({"d.json": TEXT}, "d.json"), ({"d.txt": "Dear reader"}, "d.txt")
 for path in ("nowhere.jsonl", "nowhere/d.jsonl", "f/x.jsonl", "", " ", "~", "Triage", "x" * 300):
     DATA[f"path {path[:20]!r}"] = {"f": TEXT}, path
 DATA["path of two lines"] = {}, "two\nlines"
-DATA["a text"] = {"d.txt": "Dear reader"}, "d.txt"
 
 
 @pytest.mark.parametrize(("files", "source"), DATA.values(), ids=map(ascii, DATA))
@@ -142,12 +132,15 @@ def test_bad_data_are_refused(files, source, capsys):
     refused(capsys, [*TINY, "--data", source], source.replace("\n", " "))
 
 
-def test_labels_that_cannot_be_written_are_refused(capsys):
-    """Catches a label that is cut in prompts and targets, so that no answer can be right."""
-    command = [*TINY, "--data", "d.jsonl", "--max-source", "32", "--max-target", "100"]
-    for label in ("xy" * 4500, "zebras jump over 13 quick foxes with boxes", "a▁b"):
-        write("d.jsonl", jsonl([*GOOD, record(1, label=label)]))
-        refused(capsys, command, "label", label[:30])
+FEW = ["", "question,rationale\n", "question,rationale\n" + "q,r\n" * 30]  # no validation
+
+
+@pytest.mark.parametrize("file", ["missing", ROWS, *[pytest.param(f, marks=CORE) for f in FEW]])
+def test_bad_stage1_data_are_refused(file, capsys):
+    """Catches a message about --data where --stage1-data is missing, bad or too short."""
+    write("d.jsonl", TEXT)
+    write("t.csv" if file == "missing" else "s.csv", file)
+    refused(capsys, [*TINY, "--data", "d.jsonl", "--stage1-data", "s.csv"], "s.csv: ")
 
 
 # ---- bad options --------------------------------------------------------------------------------
@@ -161,6 +154,7 @@ OPTIONS |= {"--eval=1": "--eval", "--no-stage1=1": "--no-stage1", "--init nowher
 OPTIONS |= {"--stage 1 --method sft": "--stage 1", "--stage 1 --no-stage1": "--stage 1"}
 OPTIONS |= {"--eval": "stage2.pt", "--ask x": "stage2.pt", "--device mps --method dss": "mps"}
 OPTIONS |= {"--data t.csv": "t.csv", "--out f": "f", "--out f/run": "f", "--out f/a/b": "f"}
+OPTIONS |= {"--ask caf\udce9": "utf-8", "--max-target 3": "label"}  # which would be cut
 for name in SHARES:
     for value in ("-0.01", "1.01", "nan", "inf", "x", "1,5", "1e999", ""):
         OPTIONS[f"--{name} {value}"] = name
@@ -187,15 +181,15 @@ def test_help_lists_every_option(capsys):
     text = capsys.readouterr().out
     options = vars(r2d.parse_args(["--out", "never-made"]))
     assert [name for name in options if f"--{name.replace('_', '-')}" not in text] == []
-    assert len(options) == 33
+    assert len(options) == 37
 
 
 OTHER = "--lr 0.5 --seed 3 --method sft --schedule none --cap 0.1 --warmup 0.1 --alpha 0.1"
 OTHER += " --width 32 --limit 9 --batch-size 2 --stage2-steps 9 --data t.csv --dtype bfloat16"
 
 
-def test_a_run_refuses_other_options_and_changed_data(capsys):
-    """Catches a resume that silently becomes another run, and one that refuses its own data."""
+def test_a_run_refuses_other_options(capsys):
+    """Catches a resume that silently becomes another run, and one that refuses its own options."""
     write_notes(Path("notes.csv"))
     command = [*TINY, "--data", "notes.csv", "--limit", "500", "--stage1-steps", "3"]
     assert r2d.main([*command, "--stage", "1"]) == 0
@@ -204,10 +198,6 @@ def test_a_run_refuses_other_options_and_changed_data(capsys):
         if flag.startswith("--"):
             value = [word for word in words[i + 1 : i + 2] if not word.startswith("--")]
             refused(capsys, ["--out", "run", flag, *value], flag.lstrip("-"), "--out")
-    text = Path("notes.csv").read_text(encoding="utf-8")
-    write("notes.csv", text.replace("is bad", "is so bad", 1))
-    refused(capsys, command, "notes.csv", "--out")
-    write("notes.csv", text)
     assert r2d.main(command) == 0
     assert len(lines(Path("run/log.jsonl"))) == 7
 
@@ -260,29 +250,18 @@ def test_damaged_files_of_a_run_are_named(name, kind, finished, capsys):
     refused(capsys, ["--out", "run"], name)  # and there is no folder "evil"
 
 
-T5 = [{"model_type": "bert"}, {"decoder_start_token_id": 5}, {"eos_token_id": 2}, {"d_model": 32}]
-T5 += [{"num_layers": 3}, {"d_kv": "8"}, {"d_ff": 0}, {"d_model": 10**9}, {"vocab_size": None}]
-T5 += [{"feed_forward_proj": "silu"}, {"layer_norm_epsilon": 0.1}]
-
-
 def test_bad_t5_folders_are_refused(finished, capsys):
-    """Catches random weights in place of a checkpoint, weights that half fit, a traceback."""
+    """Catches a half-made run, a message without the folder or the way out (more: test_t5.py)."""
     write_t5(Path("t5"), (finished / "tokenizer.model").read_bytes())
     command = [*TINY, "--init", "t5"]
-    config = read(Path("t5/config.json"))
-    for change in T5:
-        write("t5/config.json", config | change)
-        refused(capsys, command, "t5/")
-    write("t5/config.json", config)
     for name in ("config.json", "model.safetensors", "spiece.model"):
-        path = Path("t5", name)
-        content = path.read_bytes()
-        for damaged in (b"", content[: len(content) // 2], b"text", b"[]", b"{}"):
-            path.write_bytes(damaged)
-            refused(capsys, command, f"t5/{name}")
-        path.unlink()
-        refused(capsys, command, "t5/")
-        path.write_bytes(content)
+        content = Path("t5", name).read_bytes()
+        for damaged in (b"", content[: len(content) // 2], fuzz.POINTER, b"{}"):
+            write(f"t5/{name}", damaged)
+            refused(capsys, command, "t5", name, "(git lfs pull)")
+        Path("t5", name).unlink()
+        refused(capsys, command, "t5", name)
+        write(f"t5/{name}", content)
     assert r2d.main([*command, "--eval"]) == 0
 
 
@@ -301,15 +280,18 @@ def test_strange_texts_are_trained_on(text):
     """Catches a text that breaks tokenizer, prompt or loss, or acts as a command in them."""
     rows = [record(i, question=text, rationale=text if i % 4 else "") for i in range(16)]
     write("d.jsonl", jsonl(rows + GOOD))
-    run = r2d.setup(r2d.parse_args([*TINY, "--data", "d.jsonl"]))
+    own_labels = "--warmup 0 --ramp 0 --cap 1".split()
+    run = r2d.setup(r2d.parse_args([*TINY, "--data", "d.jsonl", *own_labels]))
     prompt = f"given label: yes, explain: {text}"
-    ids = run.tokenizer.encode([prompt], 128)[0].tolist()
+    ids = run.tokenizer.to_ids([prompt], 128)[0].tolist()
     assert ids[-1] == 1 and {0, 2}.isdisjoint(ids)
     prompt = prompt.replace("▁", " ").strip()  # SentencePiece's mark for a space
-    assert len(ids) == 128 or run.tokenizer.decode(ids) == prompt
-    assert run.tokenizer.decode(ids).startswith("given label: yes, explain:")
-    loss, _ = r2d.stage2_loss(run, run.dataset.train, [True] * len(run.dataset.train), 0.5)
-    assert 0 < loss.item() < 20
+    assert len(ids) == 128 or run.tokenizer.to_text(ids) == prompt
+    assert run.tokenizer.to_text(ids).startswith("given label: yes, explain:")
+    loss, log = r2d.stage2_loss(run, run.dataset.train, 0)
+    assert 0 < loss.item() < 20 and log["p_predicted"] == 1
+    look = data.look(run.dataset, run.tokenizer, 128, 24)
+    assert all(line.isprintable() for line in look.split("\n"))
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=ascii)
@@ -324,16 +306,10 @@ def test_strange_labels_are_kept_letter_by_letter(pair, capsys):
 
 
 def test_a_thousand_labels_are_trained_and_scored():
-    """Catches scores or prompts whose cost grows with the square of the labels."""
+    """Catches a cost that grows with labels times texts, such as a pattern for each name."""
+    start = time.process_time()
     rows = [record(i, label=f"free text label number {i % 1000}") for i in range(2000)]
     write("d.jsonl", jsonl(rows))
     assert r2d.main([*TINY, "--data", "d.jsonl", "--limit", "2000", "--method", "sft"]) == 0
     assert len(read(Path("run/metrics.json"))["label"]["per_class"]) == 1000
-
-
-def test_texts_beyond_utf8_and_beyond_the_screen(finished, capsys, monkeypatch):
-    """Catches a traceback for an argument in another encoding, or a table that has a plus-minus."""
-    shutil.copytree(finished, "run")
-    refused(capsys, ["--out", "run", "--ask", "caf\udce9"], "utf-8")
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    refused(capsys, ["--out", "run", "--eval"], "ascii")
+    assert time.process_time() - start < 60

@@ -1,4 +1,4 @@
-"""data.py: the simulated nurse line, the readers of files, tokenizer, prompts and batches."""
+"""data.py: the simulated nurse line, files, the look at the data, tokenizer and batches."""
 
 import hashlib
 import json
@@ -15,15 +15,20 @@ import torch
 
 import data
 import metrics
-from data import COMPLAINTS, DISPOSITIONS, GROUPS, RED_FLAGS, WORDS, Call, Example, read_facts
+from data import COMPLAINTS, DISPOSITIONS, RED_FLAGS, WORDS, Call, Example, Tokenizer, read_facts
 
 VOICES = ["llm", "nurse", "post"]
 in_each_voice = pytest.mark.parametrize("voice", VOICES)
+GROUPS = {complaint.group: [] for complaint in COMPLAINTS.values()}
+for flag, words in RED_FLAGS.items():
+    for group in words.groups.split():
+        GROUPS[group].append(flag)
 
 
 @cache
-def triage(voice: str = "llm", override: float = 0.2, seed: int = 0) -> data.Dataset:
-    return data.load_data("triage", seed, None, 1000, override, voice, voice)
+def triage(voice: str = "llm", **changes: object) -> data.Dataset:
+    changes = {"rationales": voice, "stage1_rationales": voice} | changes
+    return data.load_data(fuzz.options(**changes))
 
 
 def everything(dataset: data.Dataset) -> list[Example]:
@@ -34,8 +39,7 @@ def everything(dataset: data.Dataset) -> list[Example]:
 def test_tables_fit_together():
     """Catches a cue that has no wording, a flag nobody mentions, a worst flag that is not first."""
     assert len(COMPLAINTS) >= 20 and len(DISPOSITIONS) == 5
-    for complaint in COMPLAINTS.values():
-        assert complaint.group in GROUPS and complaint.cue in data.CUES
+    assert {complaint.cue for complaint in COMPLAINTS.values()} == set(data.CUES)
     for flags in GROUPS.values():
         tiers = [RED_FLAGS[flag].tier for flag in flags]
         assert len(flags) >= 3 and tiers == sorted(tiers, reverse=True)
@@ -55,11 +59,14 @@ def test_every_wording_is_read_back_as_its_fact(frame):
 
 
 def test_short_texts_are_read():
-    """Catches words found inside words, a label where none or two are named."""
+    """Catches words found inside words, a label of none or two, grounds that are no fact at all."""
     assert read_facts("for 7 days, coughing whether rashly, for 2 weeks") == {"over a week"}
     for text in ("", "Go home, careful.", "Blue lips. Severe.", "Home care. Call 911."):
         assert data.argues_for(text) is None
     assert data.argues_for("CALL 911.") == data.argues_for("Blue lips. EMS.") == "call 911"
+    for text in ("", "zzz", "Call 911.", "An ambulance is needed at once."):
+        assert data.ungrounded(text, "A cough for 3 days. It is mild.") == ["no fact at all"]
+    assert data.ungrounded("Slight. Coughing up blood.", "It is mild.") == ["coughing up blood"]
 
 
 PLAIN = Call("a cough", "mild", [], [], [], [], [])
@@ -89,25 +96,9 @@ def test_the_rule(changes, tier):
     assert data.triage_tier(replace(PLAIN, **changes).facts()) == tier
 
 
-def test_calls_keep_their_probabilities():
-    """Catches data that became easier or harder: every share within 5 sigma of what was meant."""
-    rng, counts = random.Random(0), Counter()
-    for _ in range(20_000):
-        call = data.draw_call(rng)
-        counts.update([call.severity, f"{len(call.denied)} denied", f"{len(call.cues)} cues"])
-        counts.update(call.flags + call.modifiers)
-        counts["no flag"] += not call.flags
-        counts["long"] += call.duration != []
-    shares = {"mild": 0.46, "severe": 0.18, "long": 0.25, "no flag": 0.48, "1 denied": 0.1}
-    shares |= {"1 cues": 0.3, "diabetes": 0.3 / 4}
-    for name, p in shares.items():
-        assert counts[name] / 20_000 == pytest.approx(p, abs=5 * (p * (1 - p) / 20_000) ** 0.5)
-    assert 1.1 < counts["burning urine"] / counts["black tarry stools"] < 1.6  # worse, rarer
-
-
 def test_calls_are_consistent_and_notes_state_their_facts():
-    """Catches flags of another complaint, facts lost or invented in words."""
-    rng, wordings, distracted = random.Random(1), Counter(), 0
+    """Catches flags of another complaint, facts lost or invented in words, other shares."""
+    rng, wordings, counts = random.Random(1), Counter(), Counter()
     for _ in range(5000):
         call = data.draw_call(rng)
         group = GROUPS[COMPLAINTS[call.complaint].group]
@@ -116,9 +107,15 @@ def test_calls_are_consistent_and_notes_state_their_facts():
         assert call.cues in ([], [COMPLAINTS[call.complaint].cue])
         note = data.write_note(call, rng)
         assert read_facts(note) == call.facts(), note
-        distracted += any(text in note.lower() for text in data.DISTRACTORS)
+        counts.update([call.severity, *call.duration, *call.flags, *call.modifiers])
+        counts.update(["no flag"] * (not call.flags) + ["cue"] * len(call.cues))
+        counts["denial"] += len(call.denied)
+        counts["distracted"] += any(text in note.lower() for text in data.DISTRACTORS)
         wordings.update(data.ANY_FACT.findall(note.lower()))
-    assert distracted / 5000 == pytest.approx(0.5, abs=0.04)
+    shares = {"mild": 0.46, "severe": 0.18, "over a week": 0.25, "no flag": 0.48, "denial": 0.1}
+    for name, p in (shares | {"cue": 0.3, "diabetes": 0.075, "distracted": 0.5}).items():
+        assert counts[name] / 5000 == pytest.approx(p, abs=5 * (p * (1 - p) / 5000) ** 0.5), name
+    assert 1.6 < counts["blurred vision"] / counts["a drooping face"] < 2.5  # worse, rarer
     for fact in [*COMPLAINTS, *RED_FLAGS, *data.CUES]:
         for wording in [fact, WORDS[fact].other]:
             assert wordings[re.sub("^(a|an) ", "", wording)] > 10, wording
@@ -142,8 +139,9 @@ def test_override_rate_and_step(override):
 
 def test_splits_and_voices_do_not_disturb_each_other():
     """Catches a shared generator, sets or hashes: other sizes, voices, machines, the same notes."""
-    small = data.load_data("triage", 0, 7, 20, 0.2, "post", "nurse")
-    assert hashlib.sha256(repr(small).encode()).hexdigest()[:16] == "b787b236667d44b8"
+    small = triage("post", limit=7, notes=20, stage1_rationales="nurse")
+    content = repr(everything(small) + small.stage1_train + small.ceiling)
+    assert hashlib.sha256(content.encode()).hexdigest()[:16] == "799495ef2f9264f5"
     for split in ("train", "val", "test", "ceiling"):
         assert getattr(small, split) == getattr(triage("post"), split)[:7]
     assert small.stage1_train == triage("nurse").train[:7]
@@ -155,13 +153,22 @@ def test_splits_and_voices_do_not_disturb_each_other():
     assert len(notes) == 5000 and len(set(notes)) > 4900  # no split or seed repeats another
 
 
+@pytest.mark.parametrize(("notes", "stage1_notes"), [(30, 50), (50, 30), (50, None)])
+def test_stage_1_has_notes_of_its_own_number(notes, stage1_notes):
+    """Catches stage-1 notes that are others than stage 2's, or that change one of its notes."""
+    dataset, usual = triage("post", notes=notes, stage1_notes=stage1_notes), triage("post")
+    assert dataset.train == usual.train[:notes]
+    assert dataset.stage1_train == usual.train[: stage1_notes or notes]
+    for split in ("val", "test", "stage1_val", "ceiling"):
+        assert getattr(dataset, split) == getattr(usual, split)
+
+
 # ---- The simulated nurse line: rationales and their checks.
 @in_each_voice
 @pytest.mark.parametrize("override", [0.0, 0.2, 1.0])
 def test_every_rationale_argues_for_its_label_and_is_grounded(voice, override):
     """Catches a rationale that argues for something else or cites what the note does not say."""
-    dataset = triage(voice, override)
-    for example in everything(dataset) + dataset.ceiling + dataset.ceiling_gold:
+    for example in everything(triage(voice, override=override)):
         assert data.argues_for(example.rationale) == example.label, example
         assert data.ungrounded(example.rationale, example.question) == [], example
 
@@ -190,7 +197,7 @@ def test_voices_name_their_labels_and_have_their_words():
     """Catches a voice whose text always holds the label, and voices mixed up."""
     texts = {}
     for voice in VOICES:
-        train = triage(voice, 0.0).train
+        train = triage(voice, override=0.0).train
         named = sum(e.label.lower() in e.rationale.lower() for e in train)
         assert named / 1000 == pytest.approx(data.NAMED, abs=0.06)
         texts[voice] = " ".join(example.rationale for example in train)
@@ -199,27 +206,34 @@ def test_voices_name_their_labels_and_have_their_words():
     assert [voice for voice in VOICES if "Shortness of breath." in texts[voice]] == ["post"]
 
 
+def test_reasons_are_the_llms_without_the_ending():
+    """Catches a label or a judgement in the reasons, facts that are lost, a text with neither."""
+    reasons = triage(stage1_rationales="reasons").stage1_train
+    for example, whole in zip(reasons, triage().train, strict=True):
+        assert data.argues_for(example.rationale) is None
+        assert read_facts(example.rationale) == read_facts(whole.rationale) - set(DISPOSITIONS)
+        ending = whole.rationale.removeprefix(example.rationale)
+        assert 1 <= ending.count(".") <= 2 and ("judgement" in ending) == (ending.count(".") == 2)
+
+
 @in_each_voice
 def test_the_ceiling_knows_the_rule_and_no_more(voice):
     """Catches a ceiling taken after the override, and one that peeks at the drawn ending."""
-    dataset, exact = triage(voice), 0
-    for i, gold in enumerate(dataset.test):
-        by_gold, by_rule = dataset.ceiling_gold[i], dataset.ceiling[i]
-        assert by_gold.label == gold.label
-        assert DISPOSITIONS.index(by_rule.label) == data.triage_tier(read_facts(gold.question))
-        assert by_gold.question == by_rule.question == gold.question
-        assert (by_gold == by_rule) == (by_gold.label == by_rule.label)
-        assert "on judgement" not in by_rule.rationale
-        exact += by_gold == gold
+    exact, bleu = 0, []
+    for example, answer in zip(triage(voice).test, triage(voice).ceiling, strict=True):
+        rule, label = data.triage_tier(read_facts(example.question)), answer["ceiling_label"]
+        by_gold, by_rule = [answer[f"rationale_given_{c}"] for c in ("ceiling_gold", "ceiling")]
+        assert DISPOSITIONS.index(label) == rule and "on judgement" not in by_rule
+        assert (data.argues_for(by_gold), data.argues_for(by_rule)) == (example.label, label)
+        assert data.ungrounded(f"{by_gold} {by_rule}", example.question) == []
+        assert (by_gold == by_rule) == (example.label == label)
+        exact += by_gold == example.rationale
     assert exact / 1000 == pytest.approx(data.NAMED, abs=0.06)
-
-
-def test_what_a_label_is_worth():
-    """Catches data on which a wrong label costs nothing: BLEU of the reference explainer."""
-    references = [example.rationale for example in triage().test]
-    for answers, bleu in [(triage().ceiling_gold, 88.1), (triage().ceiling, 76.8)]:
-        texts = [example.rationale for example in answers]
-        assert metrics.corpus_bleu(texts, references) == pytest.approx(bleu, abs=0.1)
+    golds = data.columns(triage(voice).test)[2]
+    for condition in ("ceiling_gold", "ceiling"):
+        texts = [answer[f"rationale_given_{condition}"] for answer in triage(voice).ceiling]
+        bleu.append(metrics.corpus_bleu(texts, golds))
+    assert bleu[0] - bleu[1] > 9  # a wrong label has its price
 
 
 # ---- Files.
@@ -227,13 +241,15 @@ RECORDS = []
 for i in range(30):
     label = ["yes", "no"][i % 2]
     RECORDS.append({"question": f"Is it {i}?", "label": label, "rationale": f"Reason {i}."})
+EXAMPLES = [Example(**record) for record in RECORDS]
 NASTY = {"question": 'A "q",\nof 2 lines, é 日本 \u2028 x', "label": "a, b", "rationale": ""}
+CORE = pytest.mark.xfail(strict=True, reason="a fault of data.py, reported")
 
 
-def load(path: Path, content: str = "", seed: int = 0, limit: int | None = None) -> data.Dataset:
+def load(path: Path, content: str = "", **changes: object) -> data.Dataset:
     if content:
         path.write_bytes(content.encode())
-    return data.load_data(str(path), seed, limit, 0, 0.0, "llm", "llm")
+    return data.load_data(fuzz.options(data=str(path), **changes))
 
 
 def as_jsonl(records: list[dict]) -> str:
@@ -241,7 +257,7 @@ def as_jsonl(records: list[dict]) -> str:
 
 
 def as_csv(records: list[dict]) -> str:
-    rows = ["question,label,rationale"]
+    rows = [",".join(records[0])]
     for record in records:
         rows.append(",".join('"' + text.replace('"', '""') + '"' for text in record.values()))
     return "\r\n".join(rows)
@@ -252,67 +268,71 @@ def test_files_read_back_as_they_were_written(tmp_path, name, dump):
     """Catches lost quotes and line ends, byte order marks, long fields, blank lines."""
     records = [*RECORDS, NASTY, RECORDS[0] | {"question": "long " * 40_000 + "end"}]
     rows = dump(records)
-    for content in (rows, "\ufeff" + rows, rows.replace("\r", "") + "\n\n"):
+    null = rows.replace('"rationale": ""', '"rationale": null')  # as pandas writes
+    for content in (rows, "\ufeff" + rows, rows.replace("\r", "") + "\n\n", null):
         dataset = load(tmp_path / name, content)
         assert sorted(map(repr, everything(dataset))) == sorted(repr(Example(**r)) for r in records)
-        assert (dataset.stage1_train, dataset.stage1_val) == (dataset.train, dataset.val)
-        assert dataset.labels == ["yes", "no", "a, b"] and dataset.ceiling == []
+        assert dataset.stage1_train == [e for e in dataset.train if e.rationale]
+        assert dataset.stage1_val == [e for e in dataset.val if e.rationale]
+        assert sorted(dataset.labels) == ["a, b", "no", "yes"] and dataset.ceiling == []
 
 
 def test_a_file_is_split_by_seed_and_cut_by_limit(tmp_path):
-    """Catches test examples in train, wrong shares, and a limit that changes who is in test."""
+    """Catches wrong shares, lost examples, and a limit that changes who is in test."""
     path = tmp_path / "a.jsonl"
-    full, small = load(path, as_jsonl(RECORDS + RECORDS[:8])), load(path, limit=4)
-    assert [len(full.train), len(full.val), len(full.test)] == [32, 3, 3]
-    assert len(set(everything(full))) == 30 and load(path) == full
+    full, small = load(path, as_jsonl(RECORDS)), load(path, limit=4)
+    assert [len(full.train), len(full.val), len(full.test)] == [24, 3, 3]
+    assert set(everything(full)) == set(EXAMPLES) and load(path) == full
     assert load(path, seed=1).test != full.test
     assert everything(small) == full.train[:4] + full.val + full.test
+    assert small.stage1_train == full.train[:4]
+
+
+ALIKE = ["Is it  é {}?", "is IT é {}? ", "Is it e\u0301 {}?", "Ｉs\u00a0it é\n{}?"]
+ALIKE += [pytest.param("Is it é\u200b {}?", marks=CORE)]
+
+
+@pytest.mark.parametrize("form", ALIKE, ids=ascii)
+def test_equal_questions_stay_in_one_split(tmp_path, form):
+    """Catches a question that is learned and then tested, in other letters, blanks or code."""
+    twins = []
+    for i, record in enumerate(RECORDS):
+        twins += [record | {"question": text.format(i)} for text in ("Is it é {}?", form)]
+    dataset = load(tmp_path / "a.jsonl", as_jsonl(twins))
+    for split, n in [(dataset.train, 24), (dataset.val, 3), (dataset.test, 3)]:
+        numbers = Counter(re.sub(r"\D", "", e.question) for e in split)
+        assert list(numbers.values()) == [2] * n
 
 
 def test_a_folder_keeps_its_splits(tmp_path):
-    """Catches splits that are mixed up, and a folder with a split missing or there twice."""
+    """Catches splits that are mixed up, and one of two files that is read without a word."""
     (tmp_path / "train.jsonl").write_text(as_jsonl(RECORDS[:20]))
     (tmp_path / "val.csv").write_text(as_csv(RECORDS[20:24]))
-    with pytest.raises(data.InputError, match=r"test\.jsonl or test\.csv"):
-        load(tmp_path)
     (tmp_path / "test.jsonl").write_text(as_jsonl(RECORDS[24:]))
     dataset = load(tmp_path)
-    assert [len(dataset.train), *everything(dataset)] == [20, *(Example(**r) for r in RECORDS)]
+    assert [len(dataset.train), *everything(dataset)] == [20, *EXAMPLES]
     (tmp_path / "test.csv").write_text("twice")
     with pytest.raises(data.InputError, match=r"test\.jsonl or test\.csv"):
         load(tmp_path)
 
 
-def test_pubmedqa(tmp_path):
-    """Catches a lost abstract, swapped keys, and official test questions in train."""
-    items = {}
-    for i in range(30):
-        items[str(i)] = {"QUESTION": f"Does {i} help?", "CONTEXTS": [f"Aim {i}.", "Result."]}
-        items[str(i)] |= {"final_decision": ["yes", "no"][i % 2], "LONG_ANSWER": f"{i} does."}
-    dataset = load(tmp_path / "ori_pqal.json", json.dumps(items, indent=1))
-    assert Example("Does 4 help? Aim 4. Result.", "yes", "4 does.") in everything(dataset)
-    official = {str(i): "yes" for i in range(0, 30, 3)}
-    (tmp_path / "test_ground_truth.json").write_text(json.dumps(official))
-    dataset = load(tmp_path / "ori_pqal.json")
-    assert {example.question.split()[1] for example in dataset.test} == set(official)
-    assert [len(dataset.train), len(dataset.val), len(set(everything(dataset)))] == [18, 2, 30]
-
-
-def test_bioasq(tmp_path):
-    """Catches list questions among the yes/no ones, lost snippets, `Yes` and `yes` as two."""
-    items = [{"type": "list", "body": "Which genes?", "exact_answer": [["A"]]}]
-    for i in range(30):
-        item = {"type": "yesno", "body": f"Is {i} bad?", "exact_answer": ["Yes", "no"][i % 2]}
-        item["ideal_answer"] = "Plain." if i == 0 else [f"{i} is.", "Another."]
-        items.append(item | {"snippets": [{"text": "It"}, {"text": "is."}]})
-    dataset = load(tmp_path / "training.json", json.dumps({"questions": items}))
-    assert len(everything(dataset)) == 30 and sorted(dataset.labels) == ["no", "yes"]
-    assert Example("Is 0 bad? It is.", "yes", "Plain.") in everything(dataset)
-    assert Example("Is 4 bad? It is.", "yes", "4 is.") in everything(dataset)
+def test_stage1_data_needs_no_label(tmp_path):
+    """Catches a label that is asked for or guessed, rationales lost, and stage 2 changed by it."""
+    rows = [{"question": f"Why {i}?", "rationale": f"So {i}." if i else ""} for i in range(40)]
+    path = tmp_path / "a.jsonl"
+    (tmp_path / "stage1.csv").write_text(as_csv(rows))
+    plain, both = load(path, as_jsonl(RECORDS)), load(path, stage1_data=tmp_path / "stage1.csv")
+    assert everything(both) == everything(plain) and both.labels == plain.labels
+    expected = {Example(row["question"], "", row["rationale"]) for row in rows[1:]}
+    assert set(both.stage1_train + both.stage1_val) == expected
+    assert [len(both.stage1_train), len(both.stage1_val)] in ([35, 4], [36, 3])
+    (tmp_path / "stage1.csv").write_text(as_csv(RECORDS).replace("rationale", "reason"))
+    with pytest.raises(data.InputError, match=r"stage1.csv: .*rationale.* question,rationale as"):
+        load(path, stage1_data=tmp_path / "stage1.csv")
 
 
 HALF = '{"question": "\\ud800", "label": "a", "rationale": ""}'
-BLANK = {"a\nb": {"QUESTION": " ", "CONTEXTS": [], "final_decision": "a", "LONG_ANSWER": "b"}}
+TWICE = '{"question": "q", "label": "no", "label": "yes", "rationale": ""}'
 
 
 @pytest.mark.parametrize(
@@ -320,18 +340,20 @@ BLANK = {"a\nb": {"QUESTION": " ", "CONTEXTS": [], "final_decision": "a", "LONG_
     [
         ("a.jsonl", as_jsonl(RECORDS) + "\n\n{]}\n", "JSONDecodeError.* after line 30;"),
         ("a.jsonl", as_jsonl(RECORDS) + "\n" + HALF, "UnicodeEncodeError.* after line 31;"),
-        ("a.csv", "question,label,rationale\nq,a\n", "AttributeError.* after line 2;"),
-        ("a.csv", "question,label,rationale\nq,a,r,r\n", "ValueError: more fields"),
-        ("a.csv", "question,label,rationale\nq, ,r\n", "question or label is empty"),
-        ("a.json", json.dumps(BLANK), "ValueError: question or label is empty, at or after a b;"),
-        ("a.jsonl", as_jsonl(RECORDS[::2]), "two labels in train"),
+        ("a.json", as_jsonl(RECORDS), r"name must end in .csv or .jsonl \(a JSON object on each"),
+        ("a.csv", "question,label,rationale\nq,a,r,r\n", "fields as columns; put texts in double"),
+        ("a.csv", "question,label,rationale\nq, ,r\n", "label is ' '.* after line 2;"),
+        ("a.csv", "label,question,label,rationale\na,q,a,r\n", "two columns .* the same name"),
+        ("a.csv", "question,other,rationale\nq,a,r\n", "'label'.* needs question,label,rationale"),
+        pytest.param("a.jsonl", as_jsonl(RECORDS) + "\n" + TWICE, "same name", marks=CORE),
+        ("a.jsonl", as_jsonl(RECORDS[::2]), "(2|two) labels in train"),
     ],
 )
-def test_bad_files_are_refused_in_one_line(tmp_path, name, content, message):
-    """Catches a traceback, or a message that does not name the place (more: test_bad_input.py)."""
+def test_bad_files_are_refused(tmp_path, name, content, message):
+    """Catches a guess, or a message without the place or the way out (more: test_bad_input.py)."""
     with pytest.raises(data.InputError, match=message) as caught:
         load(tmp_path / name, content)
-    assert str(caught.value).startswith(str(tmp_path / name)) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / name))
 
 
 def test_fuzz_finds_nothing(tmp_path):
@@ -339,39 +361,107 @@ def test_fuzz_finds_nothing(tmp_path):
     assert fuzz.main(["--n", "500", "--seed", "1", "--save", str(tmp_path)]) == 0
 
 
-# ---- Tokenizer and batches.
-ODD = "E Q Z|NAÏVE café|emoji 🤒🏽|حمى|日本語|two\nlines|a\ttab|a  b   c|½ ﬁ|</s>|<0x41>|x\u2028y|"
-CHINESE = [chr(0x4E00 + i) for i in range(3000)]
-LENGTHS = [random.Random(i).randint(5, 120) for i in range(1000)]
+# ---- A look at the data before training.
+@cache
+def tokenizer() -> Tokenizer:
+    texts = [text for e in triage().train for text in (e.question, e.rationale, e.label)]
+    return Tokenizer.train(texts, 1536)
 
 
 @cache
-def tokenizer() -> data.Tokenizer:
-    texts = [text for e in triage().train for text in (e.question, e.rationale, e.label)]
-    return data.Tokenizer.train(texts, 1536)
+def t5_like() -> Tokenizer:
+    texts = [f"{e.question} EXYqxé 0123456789 :,?" for e in triage().train]
+    return Tokenizer(fuzz.t5_like(texts, 250, character_coverage=1))
+
+
+def looked(max_source: int = 64, max_target: int = 64, **more: list[tuple]) -> list[str]:
+    """The lines of a look at EXAMPLES, with these examples added to the splits."""
+    dataset = data.Dataset([], EXAMPLES[:24], EXAMPLES[24:27], EXAMPLES[27:])
+    for name, examples in more.items():
+        getattr(dataset, name).extend([Example(*fields) for fields in examples])
+    dataset.labels = list(dict.fromkeys(example.label for example in everything(dataset)))
+    return data.look(dataset, t5_like(), max_source, max_target).split("\n")
+
+
+LOOKS = [  # what is added to which split, and the warning
+    ({}, None),
+    ({"test": [("q", "new", "")]}, "1 labels rare.*'new'"),
+    ({"val": [("a < b", "no", "> α")]}, "3 characters .*'<', '>', 'α'"),
+    ({"test": [("IS it\t3?", "no", "")]}, r"1 test questions .*'IS it\\t3\?'"),
+    ({"test": [("x", "no", "")], "stage1_train": [("X", "", "r")]}, "1 test questions .*'x'"),
+    ({"train": [("q " * 60, "no", "r")], "stage1_train": [("q " * 60, "no", "r")]}, "1 prompts"),
+]
+for label in ("YES", "Ｙes", "yes\u2003"):
+    LOOKS.append(({"train": [("q", label, "")] * 9}, "2 labels .*like.*'yes', '"))
+for more, warning in [
+    ({"train": [("q", "odd", "")]}, "1 labels .*'odd'"),  # one of 25
+    ({"train": [("q", "yes\u200b", "")] * 9}, "2 labels .*like.*'yes', '"),
+    ({"train": [("a\nb", "no", "")]}, r"1 characters .*'\\n'"),  # T5 drops it without a word
+    ({"train": [("cafe\u0301", "no", "")]}, None),  # T5 makes an é of it
+    ({"val": [("Is it 3?", "no", "")]}, "1 val.* questions .*'Is it 3"),
+]:
+    LOOKS.append(pytest.param(more, warning, marks=CORE))
+
+
+@pytest.mark.parametrize(("more", "warning"), LOOKS, ids=range(len(LOOKS)))
+def test_a_look_warns_of_what_is_odd(more, warning):
+    """Catches labels, characters and overlaps that nobody sees, and warnings without a cause."""
+    sizes, counts, *warnings = looked(**more)
+    n = [len(more.get(name, [])) for name in ("train", "val", "test", "stage1_train")]
+    expected = [24 + n[0], 3 + n[1], 3 + n[2], n[3]]
+    assert [int(number) for number in re.findall(r"\d+", sizes)][:4] == expected
+    labels = Counter(["yes", "no"] * 12 + [label for _, label, _ in more.get("train", [])])
+    assert all(f"{label!r}: {times}" in counts for label, times in labels.items())
+    assert len(warnings) == (warning is not None), warnings
+    assert warning is None or re.match(f"warning: {warning}", warnings[0])
+
+
+def test_a_look_counts_what_is_cut():
+    """Catches a limit whose cuts are reported of one text alone, or one token early or late."""
+    question, rationale = "cough " * 20, "fever " * 20
+    prompt = f"given label: no, explain: {question}"
+    n, m = [len(ids) + 1 for ids in t5_like().processor.encode([prompt, rationale])]
+    more = {"test": [(question, "no", rationale)]}
+    assert len(looked(n, m, **more)) == 2
+    prompts, rationales = looked(n - 1, m, **more)[2], looked(n, m - 1, **more)[2]
+    assert re.match("warning: 1 prompts .*source: 'given label: no, explain: cough", prompts)
+    assert re.match("warning: 1 rationales .*target: 'fever fever", rationales)
+
+
+# ---- Tokenizer and batches.
+ODD = "E Q Z|NAÏVE café|emoji 🤒🏽|حمى|日本語|two\nlines|a\ttab|a  b   c|½ ﬁ|</s>|<0x41>|x\u2028y|"
+CHINESE = [chr(0x4E00 + i) for i in range(3000)]
+NOTES = [Example("x" * random.Random(i).randint(5, 120), str(i), "") for i in range(1000)]
 
 
 @pytest.mark.parametrize("text", [*DISPOSITIONS, *ODD.split("|")])
 def test_text_survives_the_tokenizer(text):
     """Catches dropped letters (once the E of `go to ED now`), normalisation, lost white space."""
     ids = tokenizer().processor.encode(text)
-    assert tokenizer().decode(ids) == text and not {0, 1, 2} & set(ids)
-    assert tokenizer().decode([0, *ids, 1, *ids, 0]) == text  # stops at the end token
-    assert tokenizer().decode([*ids, 1540]) == text  # an id that T5 has too many
-    assert len(tokenizer()) == 1536 and len(ids) <= len(text.encode()) + 1
+    assert tokenizer().to_text(ids) == text and not {0, 1, 2} & set(ids)
+    assert tokenizer().to_text([0, *ids, 1, *ids, 0]) == text  # stops at the end token
+    assert tokenizer().to_text([*ids, 1540]) == text  # an id that T5 has too many
+    assert tokenizer().processor.get_piece_size() == 1536 and len(ids) <= len(text.encode()) + 1
 
 
 @pytest.mark.parametrize("texts", [["yes"], ["x" * 20_000], CHINESE], ids=["tiny", "long", "many"])
 def test_tokenizer_trains_on_odd_data_and_is_loaded_again(tmp_path, texts):
-    """Catches SentencePiece's limits on size, length and characters; no model taken for one."""
-    small, path = data.Tokenizer.train(texts, 600), tmp_path / "spiece.model"
-    path.write_bytes(data.Tokenizer.train(texts, 600).model)
+    """Catches SentencePiece's limits on size, length and characters, a model by chance."""
+    small, path = Tokenizer.train(texts, 600), tmp_path / "spiece.model"
+    path.write_bytes(Tokenizer.train(texts, 600).model)
     for text in texts[:50]:
-        assert data.Tokenizer.load(path).decode(small.processor.encode(text)) == text
-    path.write_bytes(b"no model")
-    for wrong in (path, tmp_path / "nowhere"):
-        with pytest.raises(data.InputError, match=r"spiece.model|nowhere"):
-            data.Tokenizer.load(wrong)
+        assert Tokenizer.load(path).to_text(small.processor.encode(text)) == text
+
+
+def test_files_that_are_no_tokenizer_are_refused(tmp_path):
+    """Catches SentencePiece's own error, a message without the file or the way to the right one."""
+    path = tmp_path / "spiece.model"
+    swapped = fuzz.t5_like(["a b"] * 9, 7, pad_id=1, eos_id=0)
+    for content in (None, b"", b"no model", fuzz.POINTER, swapped):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(data.InputError, match=r"spiece.model: .*of a T5, .*git lfs pull"):
+            Tokenizer.load(path)
 
 
 def test_encoding_pads_on_the_right_and_ends_with_the_end_token():
@@ -379,38 +469,49 @@ def test_encoding_pads_on_the_right_and_ends_with_the_end_token():
     questions, _, _ = data.columns(triage().test[:5])
     texts = [f"given label: go to ED now, explain: {question}" for question in questions]
     for limit in (256, 20):
-        rows = tokenizer().encode([*texts, ""], limit)
+        rows = tokenizer().to_ids([*texts, ""], limit)
         assert rows.dtype == torch.int64 and not rows[5].any()  # nothing to learn
         whole = [tokenizer().processor.encode(text) for text in texts]
         assert rows.shape[1] == min(max(map(len, whole)) + 1, limit)
         for ids, row in zip(whole, rows.tolist(), strict=False):
             ids = [*ids[: limit - 1], 1]
             assert row == ids + [0] * (len(row) - len(ids))
-    assert tokenizer().longest(DISPOSITIONS, 64) == tokenizer().encode(DISPOSITIONS, 64).shape[1]
-    with pytest.raises(data.InputError, match="rename it"):
-        tokenizer().longest(DISPOSITIONS, 3)  # a label that was cut is no label
+
+
+def test_labels_that_would_be_lost_are_refused():
+    """Catches a label cut in prompts and targets, and one advice for two different faults."""
+    n = tokenizer().to_ids(DISPOSITIONS, 64).shape[1]
+    assert tokenizer().longest(DISPOSITIONS, 64) == tokenizer().longest(DISPOSITIONS, n) == n
+    with pytest.raises(data.InputError, match=r"label 'see.*raise --max-"):
+        tokenizer().longest(DISPOSITIONS, n - 1)
+    for label in ("<5", "α", "a\nb", "go  home", "\u200b"):
+        assert tokenizer().longest([label], 64) > 1
+        with pytest.raises(data.InputError, match=r"character.*rename") as caught:
+            t5_like().longest(["yes", label], 64)
+        assert repr(label) in str(caught.value)
 
 
 @pytest.mark.parametrize(("n", "size"), [(512, 16), (1000, 32), (64, 64), (3, 8)])
 def test_batches_are_full_and_hold_every_example_at_most_once(n, size):
     """Catches examples drawn twice or lost, and an epoch without any batch."""
-    batches = data.batch_order(LENGTHS[:n], size, 0, 0)
-    drawn = [i for batch in batches for i in batch]
+    batches = data.make_batches(NOTES[:n], size, 0, 0)
+    drawn = [note for batch in batches for note in batch]
     assert len(set(drawn)) == len(drawn) == max(n // size * size, min(n, size))
-    assert {len(batch) for batch in batches} == {min(n, size)} and set(drawn) <= set(range(n))
+    assert {len(batch) for batch in batches} == {min(n, size)} and set(drawn) <= set(NOTES[:n])
 
 
 def test_batches_change_with_the_epoch_and_waste_little_padding():
     """Catches a global generator, one order for ever, the longest never seen, no pools, sorting."""
-    first = data.batch_order(LENGTHS, 32, 0, 3)
-    assert data.batch_order(LENGTHS, 32, 0, 3) == first != data.batch_order(LENGTHS, 32, 1, 3)
+    first = data.make_batches(NOTES, 32, 0, 3)
+    assert data.make_batches(NOTES, 32, 0, 3) == first != data.make_batches(NOTES, 32, 1, 3)
     left_out = []
     for epoch in range(40):
-        drawn = {i for batch in data.batch_order(LENGTHS, 32, 0, epoch) for i in batch}
-        left_out += set(range(1000)) - drawn
+        drawn = {note for batch in data.make_batches(NOTES, 32, 0, epoch) for note in batch}
+        left_out += set(NOTES) - drawn
     assert len(set(left_out)) > 200
-    mean = sum(LENGTHS[i] for i in left_out) / len(left_out)
-    assert mean == pytest.approx(sum(LENGTHS) / 1000, abs=8)
-    longest = [max(LENGTHS[i] for i in batch) for batch in first]
-    assert sum(LENGTHS[i] for batch in first for i in batch) > 0.9 * 32 * sum(longest)
+    mean = sum(len(note.question) for note in left_out) / len(left_out)
+    assert mean == pytest.approx(sum(len(note.question) for note in NOTES) / 1000, abs=8)
+    lengths = [[len(note.question) for note in batch] for batch in first]
+    longest = [max(batch) for batch in lengths]
+    assert sum(map(sum, lengths)) > 0.9 * 32 * sum(longest)
     assert 6 < sum(longest[i] < longest[i + 1] for i in range(30)) < 24

@@ -13,12 +13,14 @@ from openai import OpenAI
 
 import data
 import metrics
+import r2d
 from notebooks import llm
 
 KEY = "sk-S3cret"
 GRADES = "5 4 3"
 TOLD = " go to ED now \n\nWith a fever, go to ED now.\n"
 ROW = {"question": "a {note}\u2028", "label": "a", "predicted_label": "b", "flipped_label": "c"}
+NO_TEXT = ['{"choices": null, "error": {}}', '{"choices": []}', '{"choices": [{"message": {}}]}']
 WAIT = (1, "")  # a status below 100: so many seconds, and then no answer
 
 
@@ -29,7 +31,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         key = str(self.headers["Authorization"])
         self.server.prompts.append(body["messages"][0]["content"])
-        self.server.settings.append((key, body["model"], body["temperature"]))
+        self.server.settings.append((key, body["model"], "temperature" in body))
         script = self.server.script
         status, text = script.pop(0) if len(script) > 1 else script[0]
         if status < 100:
@@ -43,7 +45,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(text.replace("{KEY}", key).encode())
 
 
-def says(content: str) -> tuple[int, str]:
+def says(content: str | list) -> tuple[int, str]:
     return 200, json.dumps({"choices": [{"message": {"content": content}}]})
 
 
@@ -114,13 +116,49 @@ def test_a_judge_grades_every_condition(serve, run) -> None:
     assert sorted(prompt.split("\n\n")[0] for prompt in server.prompts) == sorted(expected)
 
 
-def test_malformed_grades_are_counted_and_not_guessed(serve, run) -> None:
-    """Catches them as a grade of a mean, and left out of the count."""
-    answers = [" 3 2 1\n", GRADES, "", "5 4", "5 4 3 2", "6 4 3", "0 4 3", "5, 4, 3"]
-    assert judge(run, serve(*map(says, answers)).url) == 0
+def test_malformed_grades_are_counted_and_said(serve, run, capsys) -> None:
+    """Catches them in a mean, not counted or not told, and a stop at a reply without a text."""
+    parts = [{"type": "text", "text": GRADES}]
+    no_text = [(200, body) for body in NO_TEXT]
+    server = serve(says(" 3 2 1\n"), says(parts), says(""), *no_text, says("5 4"))
+    assert judge(run, server.url) == 0
     result = read(run / "judge.json")
     assert [result["gold"][name] for name in llm.GRADES] == [4, 3, 2] and result["gold"]["n"] == 2
-    assert result["flipped"] == {"n": 0, "malformed": 3}
+    assert result["predicted"] == result["flipped"] == {"n": 0, "malformed": 3}
+    told = capsys.readouterr().err
+    assert (
+        told.count("warning: 1 of 3 ") == 1 and told.count("WARNING, NOTHING TO SCORE: 3 of") == 2
+    )
+    assert judge(run, serve(says(GRADES)).url) == 0  # asks again where there was no text
+    assert [read(run / "judge.json")[name]["n"] for name in ("gold", "predicted")] == [3, 3]
+
+
+HEADS = ["no", "**no**", "'No.'", "_NO_", "- no", "1. no", "**Label:** no", "The label is no."]
+HEADS += ["Labels: yes, no\nno", "yes\n</think>no", "[THINK]yes[/THINK]no", '{"label": "no",']
+TAILS = ["It rains.", "**Reason:** It rains.", "- `It rains.`", "2. It rains.\n<think>yes\nyes"]
+SINGLE = ["no. It rains.", "No - It rains.", "<thinking>yes\n</thinking>no, It rains."]
+SINGLE += ["Why: It rains.\nLabel: no", "Sure:\n\nno\n\nIt rains.", "It rains.\nno"]
+UNCLEAR = ["", "yes or no", "yes, no", "yes/no", "yes\nno", "no?", "no-one", "No doubt.\nIt rains."]
+UNCLEAR += ["not no", "Label: yes\nLabel: no", "<think>no\nIt rains.", "I would say so"]
+GRADED = ["2 4 3.", "2, 4, 3", "2\n4\n3", "**2** **4** **3**", "2/5, 4/5 and 3 of 5", "2-4-3"]
+GRADED += ["<think>1 1 1</think>2 4 3", "1. 2\n2. 4\n3. 3", "a: 2\nb: 4.0\nc: 3", "2 4 3\n3 facts"]
+UNGRADED = ["4", "5 4 3 2", "6 4 3", "0 4 3", "4.5 4", "-1 4 3", "12 3", "2 4 3\n2 4 4"]
+
+
+def test_replies_are_read_however_they_are_marked() -> None:
+    """Catches a clear reply that is invalid, a thought or a mark in a reason, and a guess."""
+    labels = ["yes", "no", "no, pets", "cafe\u0301"]
+    replies = SINGLE.copy()
+    for head in HEADS:
+        replies += [f"{head}\n{tail}" for tail in TAILS]
+    for reply in replies:
+        assert llm.read_answer(reply, labels) == ("no", "It rains."), reply
+    for reply in UNCLEAR:
+        assert llm.read_answer(reply, labels)[0] not in labels, reply
+    assert llm.read_answer("No,  **Pets**: <5", labels) == ("no, pets", "<5")
+    assert llm.read_answer("Caf\u00e9\nYes, <5", labels) == ("cafe\u0301", "Yes, <5")
+    for reply in GRADED + UNGRADED:
+        assert llm.read_grades(reply) == ([2, 4, 3] if reply in GRADED else []), reply
 
 
 def test_no_answer_is_paid_for_twice(serve, run, capsys) -> None:
@@ -138,23 +176,24 @@ def test_no_answer_is_paid_for_twice(serve, run, capsys) -> None:
     assert len(server.prompts) == 17
 
 
-REFUSED = [  # status and body, the type of error that is told, how often the prompt is sent
-    ((401, "{KEY}"), "AuthenticationError", 1),
+REFUSED = [  # status and body, what is told, how often the prompt is sent
+    ((400, '{"error": {"message": "no {KEY}"}}'), "BadRequestError: {'message': 'no Bearer (k", 1),
+    ((401, "{KEY}"), "AuthenticationError: Bearer (key); check --url", 1),
     ((429, ""), "RateLimitError", 2),
-    ((500, "{KEY}"), "InternalServerError", 2),
+    ((500, "{KEY}"), "InternalServerError: Bearer (key)", 2),
     (WAIT, "APITimeoutError", 2),
     ((0, ""), "APIConnectionError", 2),
+    ((200, "<p>{KEY}"), "JSONDecodeError", 1),
+    ((200, "[1]"), "AttributeError", 1),
 ]
-for body in ["<p>{KEY}", "[1]", '{"a": 1}', '{"choices": []}', '{"choices": [{"message": {}}]}']:
-    REFUSED.append(((200, body), "Error", 1))
 
 
-@pytest.mark.parametrize(("answer", "word", "times"), REFUSED)
-def test_an_endpoint_without_answers_is_refused(answer, word, times, serve, run, capsys) -> None:
-    """Catches tracebacks, endless or missing retries, half-written files, a key in a message."""
+@pytest.mark.parametrize(("answer", "words", "times"), REFUSED)
+def test_an_endpoint_without_answers_is_refused(answer, words, times, serve, run, capsys) -> None:
+    """Catches tracebacks, endless or missing retries, half-written files, a server unheard."""
     server = serve(answer)
     before = contents(run)
-    assert judge(run, server.url) == 2 and f"{word}: check --url" in refusal(capsys)
+    assert judge(run, server.url) == 2 and words in refusal(capsys)
     assert contents(run) == {"answers.jsonl": b"", **before} and len(server.prompts) == times
 
 
@@ -167,11 +206,11 @@ def test_a_failure_that_passes_is_no_failure(serve, run) -> None:
 
 @pytest.mark.parametrize("key", [KEY, ""])
 def test_the_key_is_sent_and_told_to_nobody(key, serve, run, monkeypatch, capsys) -> None:
-    """Catches a key in a file, on the screen or sent to where an endpoint points."""
+    """Catches a key in a file, on the screen or sent elsewhere, a temperature that some refuse."""
     monkeypatch.setenv("R2D_API_KEY", key)
     server = serve(says("{KEY}\n{KEY}"))
     assert judge(run, server.url) == 0 and zeroshot(run, server.url) == 0
-    assert set(server.settings) == {(f"Bearer {key or 'R2D_API_KEY'}", "wise", 0)}
+    assert set(server.settings) == {(f"Bearer {key or 'R2D_API_KEY'}", "wise", False)}
     other = serve(says(GRADES))
     judge(run, serve((307, f"{other.url}/chat/completions")).url, "moved")
     assert KEY not in repr(capsys.readouterr()) + repr(contents(run)) + repr(other.settings)
@@ -216,13 +255,13 @@ def test_a_zero_shot_run_has_the_files_of_a_run(serve, tmp_path, capsys) -> None
     result = {"method": "zeroshot", "data": "triage", "seed": 3}
     result |= metrics.score(rows, data.DISPOSITIONS)
     assert read(out / "metrics.json") == result
-    test = data.load_data("triage", 3, 12, 12, 0.2, "llm", "llm").test
+    test = data.load_data(r2d.parse_args(["--seed", "3", "--limit", "12"])).test
     assert [row["question"] for row in rows] == [example.question for example in test]
     for row in rows:
         assert row["predicted_label"] == row["argues_given_predicted"] == "go to ED now"
         assert row["rationale_given_predicted"] == "With a fever, go to ED now."
         assert row["ungrounded_given_predicted"] == data.ungrounded(TOLD, row["question"])
-        prompt = llm.ZERO_SHOT.format(labels=data.DISPOSITIONS, question=row["question"])
+        prompt = llm.ZERO_SHOT.format(labels="\n".join(data.DISPOSITIONS), question=row["question"])
         assert server.prompts.count(prompt) == 1
     assert metrics.table(result) in capsys.readouterr().out
     assert set(contents(out)) == {"answers.jsonl", "metrics.json", "predictions.jsonl"}
@@ -230,11 +269,12 @@ def test_a_zero_shot_run_has_the_files_of_a_run(serve, tmp_path, capsys) -> None
     assert zeroshot(out, server.url, "--seed", "3") == 2 and "another --out" in refusal(capsys)
 
 
-def test_answers_about_own_data_are_read(serve, tmp_path) -> None:
-    """Catches answers mixed up, a crash at odd ones, and the checker of triage on other data."""
+def test_answers_about_own_data_are_read(serve, tmp_path, capsys) -> None:
+    """Catches answers mixed up, a crash or silence at odd ones, and triage's checker here."""
     own = write_notes(tmp_path / "own.csv")
     server = serve(says("stay\r\nBad \ud800."), says("I would go."))
     assert zeroshot(tmp_path / "run", server.url, "--data", str(own)) == 0
+    assert "llm.py: warning: 11 of 12 replies" in capsys.readouterr().err
     for row in lines(tmp_path / "run" / "predictions.jsonl"):
         told = ("I would go.", "")
         if f"Text: {row['question']}\n" in server.prompts[0]:

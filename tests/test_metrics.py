@@ -1,18 +1,16 @@
-"""metrics.py: cases by hand, then the peers (scikit-learn, sacreBLEU, NLTK, bert-score, scipy)."""
+"""metrics.py: cases by hand, then the peers (scikit-learn, sacreBLEU, NLTK, scipy)."""
 
 import itertools
 import json
 import math
 import random
 import re
-import time
 
 import numpy as np
 import pytest
-import torch
 
 import metrics
-from metrics import Reader, bertscore, corpus_bleu, macro_f1, per_class, score, sentence_bleu
+from metrics import Reader, corpus_bleu, macro_f1, per_class, score, sentence_bleu
 
 LABELS = ["home", "doctor", "ED"]
 GOLD = ["home", "home", "home", "doctor", "doctor", "ED"]
@@ -21,7 +19,6 @@ PREDICTED = ["home", "home", "doctor", "doctor", "I do not know", "home"]
 
 def test_labels_by_hand():
     """Catches precision and recall swapped, a wrong scale, a mean over the labels seen alone."""
-    assert metrics.accuracy(GOLD, PREDICTED) == 50
     scores = per_class(GOLD, PREDICTED, LABELS)
     assert scores["doctor"] == {"precision": 50, "recall": 50, "f1": 50, "support": 2}
     assert scores["ED"] == {"precision": 0, "recall": 0, "f1": 0, "support": 1}
@@ -59,7 +56,7 @@ def test_tokens_and_counts_by_hand():
     for text, tokens in TOKENS.items():
         assert metrics.tokenize_13a(text) == tokens.split()
     counts = metrics.bleu_counts("the the the the the the the", "the cat is on the mat")
-    assert counts == [2, 7, 0, 6, 0, 5, 0, 4, 7, 6]
+    assert list(counts) == [2, 0, 0, 0, 7, 6, 5, 4, 7, 6]
 
 
 def test_bleu_by_hand():
@@ -123,7 +120,7 @@ def test_tokens_and_corpus_bleu_equal_sacrebleu():
 
 
 def test_sentence_bleu_equals_nltk_method4():
-    """Catches any difference from the peer: all texts of up to five words, 2000 nasty pairs."""
+    """Catches any difference from the peer but the tokens: short texts, 2000 nasty pairs."""
     nltk = pytest.importorskip("nltk.translate.bleu_score")
     method4 = nltk.SmoothingFunction().method4
     short = [" ".join(words) for n in range(6) for words in itertools.product("aB", repeat=n)]
@@ -131,43 +128,22 @@ def test_sentence_bleu_equals_nltk_method4():
         text, gold = [metrics.tokenize_13a(side.lower()) for side in pair]
         expected = 100 * nltk.sentence_bleu([gold], text, smoothing_function=method4)
         assert sentence_bleu(*pair) == pytest.approx(expected, abs=1e-9), pair
-
-
-def test_bertscore_by_hand():
-    """Catches precision and recall swapped, a match that is not the nearest, a scale of 0-1."""
-    east, both = np.array([[1.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 2.0]])
-    assert bertscore(east, both) == pytest.approx((100, 50, 200 / 3))  # recall: (1 + 0) / 2
-    assert bertscore(both, east) == pytest.approx((50, 100, 200 / 3))
-    assert bertscore(east, both, None, np.array([3.0, 1.0]))[1] == pytest.approx(75)
-    assert bertscore(east, both[1:]) == bertscore(np.zeros((0, 2)), both) == (0, 0, 0)
-
-
-def test_bertscore_equals_package():
-    """Catches any difference from the peer: cosines of both signs, with and without idf."""
-    peer = pytest.importorskip("bert_score.utils").greedy_cos_idf
-    rng = np.random.default_rng(0)
-    for _ in range(400):
-        d = rng.integers(1, 40)
-        x = rng.normal(rng.choice([-1, 0, 1]), 1, (rng.integers(3, 25), d))
-        y = rng.normal(0.5, 2, (rng.integers(3, 25), d))
-        idf = [rng.exponential(size=len(side)) for side in (x, y)]
-        ones = [np.ones(len(side)) for side in (x, y)]
-        for weights in (ones, idf):
-            sides = [y, ones[1], weights[1], x, ones[0], weights[0]]
-            sides = [torch.tensor(side[None]) for side in sides]
-            expected = 100 * torch.stack(peer(*sides)).numpy()[:, 0]
-            assert bertscore(x, y, *weights) == pytest.approx(expected, abs=1e-5)
-        assert bertscore(x, y) == pytest.approx(bertscore(x, y, *ones))
+    pair = "can't walk, go to the ED now", "cannot walk: go to the ED now!"
+    text, gold = map(pytest.importorskip("nltk.tokenize").TreebankWordTokenizer().tokenize, pair)
+    papers = 100 * nltk.sentence_bleu([gold], text, smoothing_function=method4)
+    assert abs(sentence_bleu(*pair) - papers) > 1  # 13a's tokens are not those of the paper
 
 
 def test_reader_by_hand():
-    """Catches a missing prior or smoothing, and a wrong total of words."""
+    """Catches a missing prior or smoothing, a wrong total of words, a verdict without a word."""
     reader = Reader(["a a b", "a", "b", "c c"], ["x", "x", "x", "y"], ["x", "y"])
-    assert reader("unseen") == "x"  # the prior alone: 1 + 3 against 1 + 1
+    for text in ("", "zzz", "...", "x", "Y, x: unseen"):  # a label's name is no evidence
+        assert reader(text) is None
+    assert reader("zzz a") == "x"
     assert reader("C!") == reader("c b") == "y"  # 4 * 1/8 * 3/8 = .19 < 2 * 3/5 * 1/5 = .24
     assert reader("c c b b b") == "y"  # .0033 < .0058, were it not for the smoothing
     assert reader("c b b") == "x"  # .070 > .048
-    assert Reader(["", ""], ["y", "y"], ["x", "y"])("a") == "y"
+    assert Reader(["", ""], ["y", "y"], ["x", "y"])("a") is None
 
 
 def test_reader_does_not_read_label_names():
@@ -204,6 +180,25 @@ def test_bootstrap_is_that_of_normal_theory():
     assert scores == {"gap": 1, "gap_ci95": [1, 1]}  # the same rows of both columns
 
 
+@pytest.mark.parametrize(("n", "least", "most"), [(40, 0.6, 0.85), (100, 0.88, 1)])
+def test_the_interval_of_macro_f1_needs_100_rows(n, least, most):
+    """Catches an interval of few rows that is read as 95 %: a class of 5 %, 60 experiments."""
+
+    def macro(gold: np.ndarray, predicted: np.ndarray) -> float:  # of two classes, quickly
+        pairs = [(gold, predicted), (~gold, ~predicted)]
+        return 100 * sum((one & two).sum() / max(one.sum() + two.sum(), 1) for one, two in pairs)
+
+    rng, draws = np.random.default_rng(0), []
+    for size in [10**6, *[n] * 60]:
+        gold = rng.random(size) < 0.05
+        draws.append((gold, gold ^ (rng.random(size) < 0.3)))
+    truth, held = macro(*draws[0]), 0
+    for draw in draws[1:]:
+        low, high = metrics.bootstrap("x", macro, *draw)["x_ci95"]
+        held += low <= truth <= high
+    assert least < held / 60 <= most
+
+
 def run_rows(n: int, seed: int = 0, labels: list = LABELS) -> list[dict]:
     """A made-up run of r2d on triage: texts of the given label, some words wrong."""
     rng = random.Random(seed)
@@ -217,13 +212,14 @@ def run_rows(n: int, seed: int = 0, labels: list = LABELS) -> list[dict]:
         row["reader_label"] = rng.choice([label, label, labels[0]])
         reason = rng.choices(["pain", "fever", "of", "and", "mild"], k=12)
         row["rationale"] = " ".join(reason) + f" so {label}"
-        for condition, key in metrics.CONDITIONS.items():
+        for condition, key in metrics.LABEL_KEYS.items():
             given = row[key] if rng.random() < 0.8 else row["predicted_label"]
             words = [word if rng.random() < 0.9 else "pain" for word in reason]
             row[f"rationale_given_{condition}"] = " ".join(words) + f" so {given}"
             row[f"argues_given_{condition}"] = rng.choice([given, given, None])
             row[f"ungrounded_given_{condition}"] = rng.choice([[], [], ["fact"]])
-            row[f"nats_given_{condition}"] = rng.random() + (row[key] != label)
+            if "ceiling" not in condition:
+                row[f"nats_given_{condition}"] = rng.random() + (row[key] != label)
         rows.append(row)
     return rows
 
@@ -275,7 +271,11 @@ def test_following_leaves_out_agreement_by_chance():
     fill(rows, argues_given_flipped=["ED", "ED", "home", "home"])
     exposure = score(rows, LABELS)["exposure"]
     assert exposure["following_n"] == 2 and exposure["following"] == 50
-    assert "following" not in score(rows[:1], LABELS)["exposure"]
+    result = score(rows[:1], LABELS)
+    assert "following" not in result["exposure"]
+    flipped = next(line for line in printed(result) if line.startswith("flipped label"))
+    if re.split(r"\s{2,}", flipped)[2] != "-":  # "0.0" would be made up
+        pytest.xfail("a fault of metrics.table, reported")
 
 
 def test_gaps_are_paired_by_brute_force():
@@ -313,69 +313,81 @@ def test_a_row_without_a_rationale_counts_for_its_label_alone():
     assert result == {group: alone[group] for group in ("rationale", "exposure", "reader")}
 
 
-def test_a_thousand_labels_are_quick():
-    """Catches work that grows with labels times words: 10,000 rationales under 1,000 labels."""
-    rng = random.Random(0)
-    labels = [f"refer to clinic {i} within {i % 30} days" for i in range(1000)]
-    words = [f"word{i}" for i in range(3000)]
-    texts = [" ".join(rng.choices(words, k=25)) for _ in range(10_000)]
-    gold = [labels[i % 1000] for i in range(10_000)]
-    start = time.process_time()
-    reader = Reader([f"{t}, so {g}" for t, g in zip(texts, gold, strict=True)], gold, labels)
-    assert [reader(text) for text in texts[:300]] == gold[:300]
-    score(run_rows(300, labels=labels), labels)
-    assert time.process_time() - start < 60
+CORE = pytest.mark.xfail(strict=True, reason="a fault of metrics.py, reported")
+OWN = "ceiling|ungrounded"  # what rows of own data lack, and those of a method:
+LACKS = {
+    "r2d": "none",
+    "sft": "given_(gold|predicted|flipped)|tokens|nats",
+    "dss": "given_(gold|f)",
+}
+LACKS["zeroshot"] = "gold|flipped|ceiling|nats|tokens|majority"  # of notebooks/llm.py
 
 
-def printed(rows: list[dict], **header: object) -> list[str]:
-    run = {"method": "r2d", "data": "triage", "seed": 0, "updates": 9} | header
-    numbers = json.dumps(run | score(rows, LABELS))  # as metrics.json has them
-    return metrics.table(json.loads(numbers)).split("\n")
+def printed(result: dict, method: str = "r2d", data: str = "triage", seed: int = 0) -> list[str]:
+    run = {"method": method, "data": data, "seed": seed}
+    return metrics.table(json.loads(json.dumps(run | result))).split("\n")  # as in metrics.json
 
 
 def test_what_the_rows_lack_is_absent():
     """Catches made-up scores for other systems: sft, an LLM; nothing explained; all right."""
     rows = run_rows(30)
-    sft = without(rows, "_gold|given_predicted|flipped|reader")
-    llm = without(rows, "gold|flipped|ceiling|nats|tokens|ungrounded")
-    bare = [row | {"rationale": ""} for row in rows]
-    assert set(score(sft, LABELS)["rationale"]) == {"ceiling"}
-    result = score(llm, LABELS)
-    assert set(result) == {"label", "rationale", "reader"}
-    assert "ceiling_accuracy" not in result["label"]
-    assert not {"nll", "grounded"} & set(result["rationale"]["predicted"])
-    for nothing in (bare, without(rows, "given|reader")):
+    llm = score(without(rows, f"{LACKS['zeroshot']}|{OWN}"), LABELS)
+    assert set(llm) == {"label", "rationale", "reader"}
+    assert not {"ceiling_accuracy", "majority_accuracy"} & set(llm["label"])
+    assert not {"nll", "grounded"} & set(llm["rationale"]["predicted"])
+    sft = score(without(rows, LACKS["sft"]), LABELS)
+    assert set(sft["rationale"]) == {"ceiling_gold", "ceiling"}
+    for nothing in ([row | {"rationale": ""} for row in rows], without(rows, "given|reader")):
         assert list(score(nothing, LABELS)) == ["label"]
-    for lines in (printed(sft), printed(llm, data="x.csv"), printed(bare)):
-        assert "no exposure gap, no following" in lines[-1] and "costs" not in str(lines)
     fill(rows, predicted_label=[row["label"] for row in rows])
     assert "predicted_wrong" not in score(rows, LABELS)["rationale"]
 
 
-def test_table_fits_100_columns_whatever_the_data():
-    """Catches a line that breaks in a terminal: long names, one row, wide intervals, high nll."""
-    rows = run_rows(2) + [row | {"nats_given_gold": 600.0} for row in run_rows(2)]
-    long = {"method": "m" * 200, "data": "/a/long/path" * 20, "seed": 10**9}
-    cases = [(rows, {}), (rows[:1], long), (rows[-1:], long), (run_rows(50), long)]
-    for some, header in [*cases, (rows * 30, {"data": "x"})]:
-        for line in printed(some, **header):
-            assert len(line) <= 100, line
-            assert not re.search(r"\d±|\.\d+\.", line), line  # two cells in one
+@pytest.mark.parametrize("method", LACKS)
+@pytest.mark.parametrize("source", ["triage", pytest.param("/a/long/path" * 20, marks=CORE)])
+def test_every_table_fits_80_columns(method, source):
+    """Catches a line that breaks in a terminal, a sixth number in it, a row too many or few."""
+    for rows in (run_rows(1), run_rows(2, seed=3), run_rows(50)):
+        rows = without(rows, LACKS[method] if source == "triage" else f"{LACKS[method]}|{OWN}")
+        result = score(rows, LABELS)
+        lines = printed(result, method=method, data=source, seed=10**6)
+        for line in lines:
+            assert len(line) <= 80 and len(re.findall(r"(?<!±)\d+\.\d| -(?= |$)", line)) <= 5, line
+            assert not re.search(r"\d±|\.\d+\.\d", line), line  # two cells in one
+        rationale, exposure = [result.get(group, {}) for group in ("rationale", "exposure")]
+        n = len(rationale) + ("bleu_gap" in exposure) + ("following" in exposure)
+        n += len([key for key in result["label"] if key.endswith("accuracy")])
+        n += bool(rationale) and source != "triage"  # who says what a text argues for
+        assert sum(re.search(r"\d\.\d", line) is not None for line in lines) == n, lines
 
 
-def test_table_says_what_happened():
+def test_the_table_says_what_happened():
     """Catches a row, a number or a sentence that is missing or another's."""
-    rows = run_rows(50)
-    result = score(rows, LABELS)
-    *lines, reader, cost, wrong, followed = printed(rows)
-    names = [line.split("  ")[0] for line in lines]
-    assert names[3:6] == ["model", "majority", "ceiling"]
-    assert names[8:] == [name.replace("_", " ") for name in result["rationale"]]
-    exposure, of_wrong = result["exposure"], result["rationale"]["predicted_wrong"]
-    half = np.diff(exposure["bleu_gap_ci95"])[0] / 2
-    assert f"costs the model {exposure['bleu_gap']:.1f} ±{half:.1f} BLEU" in cost
-    given, gold = of_wrong["argues_given"], of_wrong["argues_gold"]
-    assert f"that label in {given:.1f} %, for gold in {gold:.1f} %" in wrong
-    assert f"{exposure['following']:.1f} ±" in followed
-    assert f"of {exposure['following_n']} notes" in followed
-    assert "checker" in reader and "a reader, right on" in printed(rows, data="x.csv")[-4]
+    result = score(run_rows(50, seed=1), LABELS)
+    label, rationale, exposure = [result[group] for group in ("label", "rationale", "exposure")]
+    lines = printed(result)
+
+    def cells(scores: dict, *keys: str) -> list[str]:
+        texts = [f"{scores[key]:.1f}" for key in keys]
+        for i, key in enumerate(keys):
+            if key.endswith(("bleu", "f1", "gap")):
+                texts[i] += f" ±{np.diff(scores[key + '_ci95'])[0] / 2:.1f}"
+        return texts
+
+    names = {"gold": "gold label", "predicted": "predicted label", "flipped": "flipped label"}
+    names |= {"ceiling_gold": "ceiling, gold label", "ceiling": "ceiling, rule's label"}
+    for condition, name in names.items():
+        scores = dict(rationale[condition])
+        if condition == "flipped":  # without the notes where it would say so anyway
+            assert scores["argues_given"] != exposure["following"]
+            scores["argues_given"] = exposure["following"]
+        found = next(line for line in lines if line.startswith(name))
+        expected = cells(scores, "bleu", "argues_given", "argues_gold", "grounded")
+        assert re.split(r"\s{2,}", found) == [name, *expected]
+    for prefix, line in zip(["", "majority_", "ceiling_"], lines[3:6], strict=True):
+        scores = cells(label, f"{prefix}accuracy", f"{prefix}macro_f1")
+        assert re.split(r"\s{2,}", line)[1:3] == scores
+    wrong = rationale["predicted_wrong"]
+    assert f" costs {cells(exposure, 'bleu_gap')[0]} BLEU" in lines[-3]
+    assert f" {wrong['argues_given']:.1f} % of {wrong['n']} notes" in lines[-2]
+    assert f" {exposure['following']:.1f} % of {exposure['following_n']} notes" in lines[-1]

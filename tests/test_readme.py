@@ -30,9 +30,8 @@ def files(tmp_path_factory):
     (folder / "notes").mkdir()
     for split in ("train", "val", "test"):
         shutil.copy(notes, folder / "notes" / f"{split}.csv")
-    record = {"QUESTION": "q", "CONTEXTS": ["c"], "LONG_ANSWER": "r"}
-    records = {str(i): record | {"final_decision": ["yes", "no"][i % 2]} for i in range(30)}
-    (folder / "ori_pqal.json").write_text(json.dumps(records), encoding="utf-8")
+    shutil.copytree(folder / "notes", folder / "pubmedqa")
+    shutil.copy(notes, folder / "rationales.csv")
     assert r2d.main([*TINY, "--out", str(folder / "out")]) == 0
     return folder
 
@@ -69,18 +68,19 @@ def printed(notebook: str) -> str:
     return "".join(line for text in texts for line in text)
 
 
-def test_tables_of_results_come_from_the_files():
-    """Catches a number typed by hand, or one of an older file."""
-    keys = ["macro_f1", "bleu_gold", "bleu", "bleu_flipped", "bleu_gap", "following", "nll", "dose"]
+def test_tables_come_from_the_files():
+    """Catches a number of README or results.md that was typed by hand, or one of an older file."""
+    wide = ["macro_f1", "bleu_gold", "bleu", "bleu_flipped", "bleu_gap", "following", "nll", "dose"]
     rows = set()
     for path in (ROOT / "notebooks" / "results").glob("*.json"):
         for row in json.loads(path.read_text(encoding="utf-8")).values():
-            if isinstance(row, dict):  # floor.json holds lists
-                cells = [compare.show(key, row[key]) for key in keys]
-                rows.add(" | ".join(cells))
-    tables = RESULTS.split("## The map")[0]
-    shown = re.findall(r"^\| [^|]+ \| (.*\d) \|$", tables, re.M)
-    assert len(shown) > 25 and set(shown) <= rows
+            for keys in (wide, ["macro_f1", "bleu", "bleu_gap", "following"], ["macro_f1", "bleu"]):
+                if isinstance(row, dict):  # floor.json holds lists
+                    rows.add(" | ".join([compare.show(key, row[key]) for key in keys]))
+    for text, least in ((README, 5), (RESULTS.split("## The map")[0], 35)):
+        shown = re.findall(r"^\| [^|]+ \| (.*[\d-]) \|$", text, re.M)
+        shown = [row for row in shown if "±" in row]
+        assert len(shown) >= least and set(shown) <= rows
 
 
 def test_numbers_of_the_verdicts_are_printed_by_notebook_3():
@@ -93,28 +93,21 @@ def test_numbers_of_the_verdicts_are_printed_by_notebook_3():
     assert len(numbers) > 40 and set(numbers) - settings <= known
 
 
-def test_tables_of_the_readme_are_printed_by_notebook_2():
-    """Catches a table of an older commit."""
-    tables = re.findall(r"```text\n(.*?)```", README, re.S)
-    output = printed("02_exposure_bias.ipynb")
-    for line in "".join(tables).splitlines():
-        assert line in output
-
-
 def test_the_benchmark_runs(tmp_path, capsys):
     """Catches a benchmark that no longer fits the core, and a peer with other weights."""
     pytest.importorskip("transformers")
     import bench
 
-    run = r2d.setup(r2d.parse_args([*TINY, "--out", "never-made"]))
+    options = [*TINY, "--out", str(tmp_path), "--warmup", "0", "--cap", "0", "--alpha", "1"]
+    run = r2d.setup(r2d.parse_args(options))
     example = run.dataset.train[0]
     loss = bench.Peer(run, 0.0).loss([f"predict: {example.question}"], [example.label])
-    assert loss.item() == pytest.approx(r2d.stage2_loss(run, [example], [False], 1.0)[0].item())
+    assert loss.item() == pytest.approx(r2d.stage2_loss(run, [example], 0)[0].item())
     few = ["--size", "tiny", "--tries", "1", "--steps", "1", "--notes", "2", "--one-process"]
     bench.main([*few, "--out", str(tmp_path / "run")])
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert len(rows) == 7
-    assert all(min(row["ratios"]) > 0 for row in rows.values())
+    assert all(row["ratio"] > 0 for row in rows.values())
 
 
 def test_the_race_runs(tmp_path, capsys, monkeypatch):
@@ -123,18 +116,17 @@ def test_the_race_runs(tmp_path, capsys, monkeypatch):
     pytest.importorskip("transformers")
     import race
 
-    (tmp_path / "run").mkdir()
-    run = r2d.setup(r2d.parse_args([*TINY, "--out", str(tmp_path / "run")]))
     monkeypatch.setattr(race.metrics, "corpus_bleu", lambda *texts: time.sleep(0.1) or 50.0)
-    monkeypatch.setattr(r2d, "optimize", r2d.optimize)  # which the race replaces
-    race.race_ours(run, every=0.01)
+    for name in ("stage1_loss", "stage2_loss", "evaluate"):  # which the race replaces
+        monkeypatch.setattr(r2d, name, getattr(r2d, name))
+    race.race_ours([*TINY, "--out", str(tmp_path / "run")], every=0.01)
     now = time.perf_counter() - race.BEGAN
-    race.race_peer(run, every=0.1, seconds=now + 1.0, lr=1e-3)
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
-    steps = run.options.stage1_steps + run.options.stage2_steps
-    ours, peer = rows[: steps + 1], rows[steps + 1 :]
-    assert [row["updates"] for row in ours] == [*range(1, steps + 1), steps]
-    assert ours[-1]["seconds"] - ours[0]["seconds"] < 0.2 * steps / 2  # 0.2 s each: not counted
+    race.race_peer([*TINY, "--out", str(tmp_path)], every=0.1, seconds=now + 1.0, lr=1e-3)
+    printed = capsys.readouterr().out.splitlines()
+    rows = [json.loads(line) for line in printed if line.startswith("{")]
+    ours, peer = rows[:13], rows[13:]  # TINY: 4 + 8 updates
+    assert [row["updates"] for row in ours] == [*range(13)]
+    assert ours[-1]["seconds"] - ours[0]["seconds"] < 0.2 * 12 / 2  # 0.2 s each: not counted
     assert 1 < peer[-1]["updates"] and peer[-1]["seconds"] > now + 0.8
     for who, marks in (("ours", ours), ("peer", peer)):
         for row in marks:

@@ -22,8 +22,9 @@ import draw
 
 STEPS = "--stage1-steps 2 --stage2-steps 4 --eval-every 2 --batch-size 8 --notes 20 --limit 20"
 OPTIONS = [*STEPS.split(), *"--width 32 --layers 1 --vocab-size 400 --max-target 24".split()]
-ITEMS = ["sft,stage2-steps=3,width=16", "dss", "r2d", "r2d,no-stage1,schedule=none"]
-FOLDERS = ["sft_stage2-steps_3_width_16-1", "dss-3", "r2d-3", "r2d_no-stage1_schedule_none-3"]
+ITEMS = ["sft,stage2-steps=3,width=16", "dss", "r2d", "r2d,no-stage1,schedule=none,batch-size=24"]
+FOLDERS = ["sft_stage2-steps_3_width_16-1", "dss-3", "r2d-3"]
+FOLDERS += ["r2d_no-stage1_schedule_none_batch-size_24-3"]
 WRONG = ["bert", "r2d,capp=1", "r2d,cap=2", "r2d,seed=1", "r2d,out=x", "r2d,ask=x", "r2d --seed 5"]
 WRONG += ["r2d --method dss", "r2d --stage 1", "r2d --seeds x", "r2d --data data.nix"]
 
@@ -63,11 +64,12 @@ def test_runs_have_equal_budgets_and_the_options_of_their_items(compared: Path) 
     found = []
     for item, folder in zip(ITEMS, FOLDERS, strict=True):
         c = read(compared / folder / "config.json")
-        updates = read(compared / "compare.json")[item]["updates"]
-        assert updates == len(lines(compared / folder / "log.jsonl"))
-        found.append([c["method"], c["schedule"], c["width"], c["seed"], updates])
-    assert found[:2] == [["sft", "linear", 16, 1, 3], ["dss", "linear", 32, 3, 6]]
-    assert found[2:] == [["r2d", "linear", 32, 3, 6], ["r2d", "none", 32, 3, 6]]
+        log = lines(compared / folder / "log.jsonl")
+        assert read(compared / "compare.json")[item]["updates"]["values"] == [len(log)] * 2
+        found.append([c["method"], c["schedule"], c["width"], c["seed"], len(log)])
+        found[-1].append(log[-1]["prompts"])
+    assert found[:2] == [["sft", "linear", 16, 1, 3, 8], ["dss", "linear", 32, 3, 6, 8]]
+    assert found[2:] == [["r2d", "linear", 32, 3, 6, 8], ["r2d", "none", 32, 3, 6, 20]]
 
 
 def test_statistics_and_dose_are_those_of_a_hand_calculation() -> None:
@@ -85,12 +87,15 @@ def test_statistics_and_dose_are_those_of_a_hand_calculation() -> None:
 
 
 def test_compare_json_holds_the_runs_own_numbers(compared: Path, copy: Path) -> None:
-    """Catches scores of another place, item or seed, and differences not paired by seed."""
+    """Catches scores of another place, item or seed, differences not paired by seed, a budget
+    that was planned but not used, and a dose of more prompts than there were."""
     row = read(compared / "compare.json")["r2d"]
     assert not [name for name in compare.SCORES if None in row[name]["values"]]
     for name, bleu in (("dss-1", 50.5), ("dss-3", 53.5), ("r2d-1", 40.5), ("r2d-3", 41.0)):
         result = {"rationale": {"predicted": {"bleu": bleu}}, "label": {"accuracy": 0}}
         (copy / name / "metrics.json").write_text(json.dumps(result))
+    line = {"stage": 2, "loss_explain": 1, "wrong_predicted": 5, "prompts": 5}
+    (copy / "dss-3" / "log.jsonl").write_text(json.dumps(line) + "\n")
     assert status(compare.main, "dss", "r2d", "--seeds", 3, 1, "--out", copy, *OPTIONS) == 0
     row = read(copy / "compare.json")["dss"]
     assert row["seeds"] == [1, 3] and row["bleu"]["values"] == [50.5, 53.5]
@@ -98,6 +103,7 @@ def test_compare_json_holds_the_runs_own_numbers(compared: Path, copy: Path) -> 
     difference = row["bleu"]["minus_r2d"]
     assert difference["mean"] == 11.25 and difference["p"] == pytest.approx(paired.pvalue)
     assert difference["ci95"] == pytest.approx(list(paired.confidence_interval()))
+    assert row["updates"]["values"] == [6, 1] and row["dose"]["values"] == [0, 100]
     assert row["accuracy"]["values"] == [0, 0] and row["nll"]["values"] == [None, None]
 
 
@@ -106,7 +112,7 @@ def test_table_is_the_json_in_100_columns() -> None:
     runs = {"sft": [], "r2d,data=" + "x" * 200: []}
     for item, values in zip(runs, ([10, 12, 14], [10, 14.4, 19.6]), strict=True):
         for value in values:
-            runs[item].append({"updates": 9, **dict.fromkeys(compare.SCORES, value)})
+            runs[item].append(dict.fromkeys(compare.SCORES, value))
     text = compare.table(compare.summarize(runs, [0, 1, 2], "sft"), "sft").split("\n")
     assert max(map(len, text)) <= 100 and text[2].split() == ["sft", "12.0", "±5.0", "0.0"]
     assert text[3].split()[1:] == ["14.7", "±11.9", "2.7", "±7.0"]

@@ -6,8 +6,8 @@
 The arguments are those of notebooks/compare.py. Yours are the schedule, the coin, the labels and
 prompts of stage 2, and of the scores macro-F1, BLEU, the gap with its interval, following and the
 dose. R2D_ADAPTERS names another file than adapters.py. With right answers a run has the same bytes
-as the core's. Each run's folder also gets a picture, coins.png: what your schedule and your coin
-did, beside what was asked for.
+as the core's. The folder of each run of r2d also gets a picture, coins.png: what your schedule and
+your coin did, beside what was asked for.
 """
 
 import importlib.util
@@ -126,9 +126,10 @@ def main_and_picture(arguments: list[str]) -> int:
     """One run, and its picture."""
     status = core_main(arguments)
     if status == 0:
-        folder = r2d.parse_args(arguments).out
-        draw(folder)
-        summaries.append(summary(folder))
+        o = r2d.parse_args(arguments)
+        if o.method == "r2d":  # the others flip no coins
+            draw(o.out)
+        summaries.append(summary(o.out))
     return status
 
 
@@ -149,8 +150,6 @@ def draw(folder: Path) -> None:
     log = [line for line in map(json.loads, lines) if line["stage"] == 2]
     shape = [options[name] for name in ("schedule", "warmup", "ramp", "cap")]
     steps = np.arange(len(log))
-    if options["method"] != "r2d":
-        shape[0] = "none"
     asked = [core_p_predicted(step, options["stage2_steps"], *shape) for step in steps]
     true = np.array([line["used_predicted"] + line["invalid_predicted"] for line in log])
     wrong = np.array([line["wrong_predicted"] for line in log])
