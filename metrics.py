@@ -257,7 +257,8 @@ def table(result: dict) -> str:
     label = result["label"]
     rationale = result.get("rationale", {})
     exposure = result.get("exposure", {})
-    lines = [f"{result['method'][:20]} on {result['data'][-40:]}, seed {result['seed']}", ""]
+    head = f"{result['method'][:12]} on {result['data'][-20:]}, seed {result['seed']}"
+    lines = [f"{head}; ± is half of a 95 % interval", ""]
     lines.append(f"{'label':24}{'accuracy':>14}{'macro F1':>14}{'no label':>14}")
     names = {"": "predicted", "majority_": "most frequent", "ceiling_": "ceiling (the rule's)"}
     for prefix, name in names.items():
@@ -273,7 +274,7 @@ def table(result: dict) -> str:
     for condition, name in names.items():
         scores = rationale.get(condition, {})
         if condition == "flipped":  # without notes whose flipped label the model predicts
-            scores = scores | {"argues_given": exposure.get("following", 0.0)}
+            scores = scores | {"argues_given": exposure.get("following", math.nan)}
         line = f"{name:24}"
         for key in ("bleu", "argues_given", "argues_gold", "grounded"):
             line += f"{show(scores, key):>14}"
@@ -286,10 +287,9 @@ def table(result: dict) -> str:
         gap = show(exposure, "bleu_gap")
         lines.append(f"\nThe predicted label in place of the gold one costs {gap} BLEU.")
     if "predicted_wrong" in rationale:
-        wrong = rationale["predicted_wrong"]
-        says = f"{wrong['argues_given']:.1f} % of {wrong['n']} notes"
-        lines.append(f"Where it is wrong, the rationale argues for it in {says}.")
+        argues = show(rationale["predicted_wrong"], "argues_given")
+        lines.append(f"Where it is wrong, {argues} % of the rationales argue for it.")
     if "following" in exposure:
-        says = f"{exposure['following']:.1f} % of {exposure['following_n']} notes"
-        lines.append(f"Given a flipped label, the rationale argues for it in {says}.")
+        argues = show(exposure, "following")
+        lines.append(f"Given a flipped label, {argues} % of the rationales argue for that one.")
     return "\n".join(lines)

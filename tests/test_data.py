@@ -107,13 +107,13 @@ def test_calls_are_consistent_and_notes_state_their_facts():
         assert call.cues in ([], [COMPLAINTS[call.complaint].cue])
         note = data.write_note(call, rng)
         assert read_facts(note) == call.facts(), note
-        counts.update([call.severity, *call.duration, *call.flags, *call.modifiers])
-        counts.update(["no flag"] * (not call.flags) + ["cue"] * len(call.cues))
-        counts["denial"] += len(call.denied)
+        counts.update([call.severity, *(call.flags or ["no flag"])])
+        for name in ("duration", "denied", "cues", "modifiers"):
+            counts[name] += len(getattr(call, name))
         counts["distracted"] += any(text in note.lower() for text in data.DISTRACTORS)
         wordings.update(data.ANY_FACT.findall(note.lower()))
-    shares = {"mild": 0.46, "severe": 0.18, "over a week": 0.25, "no flag": 0.48, "denial": 0.1}
-    for name, p in (shares | {"cue": 0.3, "diabetes": 0.075, "distracted": 0.5}).items():
+    shares = {"mild": 0.46, "severe": 0.18, "no flag": 0.48, "duration": 0.25, "denied": 0.1}
+    for name, p in (shares | {"cues": 0.3, "modifiers": 0.3, "distracted": 0.5}).items():
         assert counts[name] / 5000 == pytest.approx(p, abs=5 * (p * (1 - p) / 5000) ** 0.5), name
     assert 1.6 < counts["blurred vision"] / counts["a drooping face"] < 2.5  # worse, rarer
     for fact in [*COMPLAINTS, *RED_FLAGS, *data.CUES]:
@@ -318,14 +318,14 @@ def test_a_folder_keeps_its_splits(tmp_path):
 
 def test_stage1_data_needs_no_label(tmp_path):
     """Catches a label that is asked for or guessed, rationales lost, and stage 2 changed by it."""
-    rows = [{"question": f"Why {i}?", "rationale": f"So {i}." if i else ""} for i in range(40)]
+    rows = [{"question": f"Why {i}?", "rationale": "So." if i % 2 else ""} for i in range(40)]
     path = tmp_path / "a.jsonl"
     (tmp_path / "stage1.csv").write_text(as_csv(rows))
     plain, both = load(path, as_jsonl(RECORDS)), load(path, stage1_data=tmp_path / "stage1.csv")
     assert everything(both) == everything(plain) and both.labels == plain.labels
-    expected = {Example(row["question"], "", row["rationale"]) for row in rows[1:]}
+    expected = {Example(row["question"], "", "So.") for row in rows if row["rationale"]}
     assert set(both.stage1_train + both.stage1_val) == expected
-    assert [len(both.stage1_train), len(both.stage1_val)] in ([35, 4], [36, 3])
+    assert 0 < len(both.stage1_val) < 5
     (tmp_path / "stage1.csv").write_text(as_csv(RECORDS).replace("rationale", "reason"))
     with pytest.raises(data.InputError, match=r"stage1.csv: .*rationale.* question,rationale as"):
         load(path, stage1_data=tmp_path / "stage1.csv")
@@ -387,7 +387,7 @@ LOOKS = [  # what is added to which split, and the warning
     ({}, None),
     ({"test": [("q", "new", "")]}, "1 labels rare.*'new'"),
     ({"val": [("a < b", "no", "> α")]}, "3 characters .*'<', '>', 'α'"),
-    ({"test": [("IS it\t3?", "no", "")]}, r"1 test questions .*'IS it\\t3\?'"),
+    ({"test": [("IS  it 3?", "no", "")]}, "1 test questions .*'IS  it 3.'"),
     ({"test": [("x", "no", "")], "stage1_train": [("X", "", "r")]}, "1 test questions .*'x'"),
     ({"train": [("q " * 60, "no", "r")], "stage1_train": [("q " * 60, "no", "r")]}, "1 prompts"),
 ]
@@ -395,7 +395,6 @@ for label in ("YES", "Ｙes", "yes\u2003"):
     LOOKS.append(({"train": [("q", label, "")] * 9}, "2 labels .*like.*'yes', '"))
 for more, warning in [
     ({"train": [("q", "odd", "")]}, "1 labels .*'odd'"),  # one of 25
-    ({"train": [("q", "yes\u200b", "")] * 9}, "2 labels .*like.*'yes', '"),
     ({"train": [("a\nb", "no", "")]}, r"1 characters .*'\\n'"),  # T5 drops it without a word
     ({"train": [("cafe\u0301", "no", "")]}, None),  # T5 makes an é of it
     ({"val": [("Is it 3?", "no", "")]}, "1 val.* questions .*'Is it 3"),

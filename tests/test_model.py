@@ -275,6 +275,16 @@ def test_an_update_moves_each_weight_by_its_rate(name):
 
 
 # ---- The whole.
+def test_bfloat16_trains_and_decodes():
+    """Catches a mask or cache of another type than its tensors, seen only with --dtype bfloat16."""
+    model, source, labels = tiny(), random_ids(2, 5), random_ids(2, 4, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        nll = model.nll(source, labels)
+        nll.sum().backward()
+        assert model.generate(source, 4).shape == (2, 4) and nll.dtype == torch.float32
+    torch.testing.assert_close(nll, model.nll(source, labels), rtol=0.05, atol=0.1)
+
+
 @both
 def test_overfits_one_batch_and_says_it_by_heart(variant):
     """Catches almost any bug: a model must learn eight targets of different lengths by heart."""

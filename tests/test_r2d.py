@@ -328,7 +328,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished):
     assert [(line["stage"], line["step"]) for line in log] == expected
     keys = {"stage", "step", "loss", "loss_explain", "lr", "grad_norm"}
     assert [set(line) ^ keys for line in log[:4]] == [set()] * 3 + [{"val_loss"}]
-    keys |= {"alpha", "loss_predict", "p_predicted", "used_predicted"}
+    keys |= {"alpha", "loss_predict", "p_predicted", "prompts", "used_predicted"}
     keys |= {"wrong_predicted", "invalid_predicted"}
     assert [set(line) ^ keys for line in log[4:]] == ([set()] * 3 + [{"val_macro_f1"}]) * 2
     for line in log[4:]:
