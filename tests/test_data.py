@@ -326,6 +326,7 @@ def test_stage1_data_needs_no_label(tmp_path):
     expected = {Example(row["question"], "", "So.") for row in rows if row["rationale"]}
     assert set(both.stage1_train + both.stage1_val) == expected
     assert 0 < len(both.stage1_val) < 5
+    assert len(load(path, stage1_data=tmp_path / "stage1.csv", limit=4).stage1_train) == 4
     (tmp_path / "stage1.csv").write_text(as_csv(RECORDS).replace("rationale", "reason"))
     with pytest.raises(data.InputError, match=r"stage1.csv: .*rationale.* question,rationale as"):
         load(path, stage1_data=tmp_path / "stage1.csv")

@@ -358,7 +358,7 @@ def test_every_table_fits_80_columns(method, source):
         n = len(rationale) + ("bleu_gap" in exposure) + ("following" in exposure)
         n += len([key for key in result["label"] if key.endswith("accuracy")])
         n += bool(rationale) and source != "triage"  # who says what a text argues for
-        assert sum(re.search(r"\d\.\d", line) is not None for line in lines) == n, lines
+        assert sum(re.search(r"\d\.\d|  -", line) is not None for line in lines) == n, lines
 
 
 def test_the_table_says_what_happened():
@@ -389,5 +389,5 @@ def test_the_table_says_what_happened():
         assert re.split(r"\s{2,}", line)[1:3] == scores
     wrong = rationale["predicted_wrong"]
     assert f" costs {cells(exposure, 'bleu_gap')[0]} BLEU" in lines[-3]
-    assert f" {wrong['argues_given']:.1f} % of {wrong['n']} notes" in lines[-2]
-    assert f" {exposure['following']:.1f} % of {exposure['following_n']} notes" in lines[-1]
+    assert f" {wrong['argues_given']:.1f} % of" in lines[-2]
+    assert f" {exposure['following']:.1f} % of" in lines[-1]

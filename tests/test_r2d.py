@@ -307,7 +307,6 @@ def test_few_rationales_are_enough_but_none_are_refused(every, tmp_path, capsys)
     assert start(out, *more) == 0
     dataset = tiny(*more).dataset
     assert dataset.stage1_train == [e for e in dataset.train if e.rationale]
-    assert len(dataset.stage1_train) == 3
     saved = [torch.load(out / f"{name}.pt", weights_only=True) for name in ("last", "stage2")]
     saved += [lines(out / "log.jsonl"), read(out / "metrics.json")]
     assert all(line["loss"] > 0 for line in saved[2][:20])
