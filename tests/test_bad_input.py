@@ -146,14 +146,15 @@ def test_bad_stage1_data_are_refused(file, capsys):
 SHARES = ["warmup", "ramp", "cap", "alpha", "override", "dropout", "lr"]
 LEAST = {"stage1-steps": 1, "stage2-steps": 1, "batch-size": 1, "eval-every": 1, "width": 1}
 LEAST |= {"layers": 1, "heads": 1, "notes": 1, "limit": 1, "seed": 0, "max-source": 32}
-LEAST |= {"max-target": 2, "vocab-size": 400}
+LEAST |= {"max-target": 2, "vocab-size": 400, "stage1-notes": 1}
 CHOICES = ["stage", "method", "schedule", "rationales", "stage1-rationales", "device", "dtype"]
+CHOICES += ["optimizer"]
 OPTIONS = {"--nonsense": "nonsense", "-x": "-x", "word": "word", "--lr": "--lr", "--out": "--out"}
 OPTIONS |= {"--eval=1": "--eval", "--no-stage1=1": "--no-stage1", "--init x": "x/spiece.model"}
 OPTIONS |= {"--stage 1 --method sft": "--stage 1", "--stage 1 --no-stage1": "--stage 1"}
 OPTIONS |= {"--eval": "stage2.pt", "--ask x": "stage2.pt", "--device mps --method dss": "mps"}
 OPTIONS |= {"--data t.csv": "t.csv", "--out f": "f", "--out f/run": "f", "--out f/a/b": "f"}
-OPTIONS |= {"--ask caf\udce9": "utf-8", "--max-target 3": "label"}  # which would be cut
+OPTIONS |= {"--max-target 3": "label", "--given x": "--given", "--ask caf\udce9": "utf-8"}
 for name in SHARES:
     for value in ("-0.01", "1.01", "nan", "inf", "x", "1,5", "1e999", ""):
         OPTIONS[f"--{name} {value}"] = name
