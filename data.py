@@ -97,7 +97,14 @@ def reading(path: Path, advice: str = "give another file") -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a missing or damaged file raises a dozen types
-        raise InputError(f"{path}: {type(error).__name__}: {str(error)[:300]}; {advice}") from None
+        first = str(error).partition(". ")[0][:300]  # torch goes on to advise weights_only=False
+        raise InputError(f"{path}: {type(error).__name__}: {first}; {advice}") from None
+
+
+def unique_keys(pairs: list[tuple]) -> dict:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("two columns have the same name")
+    return dict(pairs)
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict]]:
@@ -106,13 +113,11 @@ def read_records(path: Path) -> Iterator[tuple[int, dict]]:
     if path.suffix == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                yield number, json.loads(line)
+                yield number, json.loads(line, object_pairs_hook=unique_keys)
     elif path.suffix == ".csv":
         csv.field_size_limit(2**31 - 1)  # the default, 131072, is too short for articles
         rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        names = rows.fieldnames or []
-        if len(set(names)) < len(names):
-            raise ValueError("two columns have the same name")
+        unique_keys([(name, None) for name in rows.fieldnames or []])
         for row in rows:
             if None in row or None in row.values():
                 raise ValueError("not as many fields as columns; put texts in double quotes")
@@ -126,8 +131,7 @@ def read_file(path: Path, names: Iterable[str] = ("question", "label", "rational
     examples = []
     line = 1  # until the first record could be read
     try:
-        for number, record in read_records(path):
-            line = number
+        for line, record in read_records(path):  # noqa: B007
             texts = {"label": ""}
             for name in names:
                 text = record[name]
@@ -145,8 +149,9 @@ def read_file(path: Path, names: Iterable[str] = ("question", "label", "rational
 
 
 def normalized(text: str) -> str:
-    """For comparing texts: without case, extra spaces and Unicode variants."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    """For comparing texts: without case, spaces, Unicode variants and invisible characters."""
+    visible = [c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf"]
+    return " ".join("".join(visible).casefold().split())
 
 
 def split(examples: list[Example], seed: int) -> list[list[Example]]:
@@ -199,10 +204,7 @@ class Tokenizer:
         return cls(model.getvalue())
 
     def to_ids(self, texts: list[str], limit: int) -> torch.Tensor:
-        """Token ids (texts, longest): cut to the limit, then an end token, then padding.
-
-        An empty text is nothing but padding, so it adds nothing to a loss.
-        """
+        """Token ids (texts, longest): cut, ended, padded. An empty text is padding: no loss."""
         rows = []
         for ids in self.processor.encode(texts):
             rows.append(torch.tensor([*ids[: limit - 1], END] if ids else [PAD]))
@@ -218,14 +220,11 @@ class Tokenizer:
         """Tokens of the longest label, with its end. Raises InputError if a label is not kept."""
         encoded = self.processor.encode(labels)
         for label, ids in zip(labels, encoded, strict=True):
+            name = f"label {label[:50]!r}"
             if len(ids) >= limit:
-                raise InputError(
-                    f"label {label[:50]!r}: too long; raise --max-source, --max-target"
-                )
+                raise InputError(f"{name}: too long; raise --max-source, --max-target")
             if self.to_text(ids) != label:
-                raise InputError(
-                    f"label {label[:50]!r}: the tokenizer loses a character; rename it"
-                )
+                raise InputError(f"{name}: the tokenizer loses a character; rename it")
         return max(map(len, encoded)) + 1
 
 
@@ -252,10 +251,10 @@ def look(dataset: Dataset, tokenizer: Tokenizer, max_source: int, max_target: in
     """What to know before training: sizes, labels, and a warning for each thing that is odd."""
     counts = Counter(columns(dataset.train)[1])
     alike = Counter(map(normalized, dataset.labels))
-    seen = set(map(normalized, columns(dataset.train + dataset.stage1_train)[0]))
+    learned = set(map(normalized, columns(dataset.train + dataset.stage1_train)[0]))
     encode = tokenizer.processor.encode
     odd = defaultdict(list)
-    characters = set()
+    lost = set()
     examples = dataset.train + dataset.val + dataset.test + dataset.stage1_train
     for example in dict.fromkeys(examples):  # each once
         prompt = f"given label: {example.label}, explain: {example.question}"
@@ -263,23 +262,25 @@ def look(dataset: Dataset, tokenizer: Tokenizer, max_source: int, max_target: in
             odd["prompts cut at --max-source"].append(prompt)
         if len(encode(example.rationale)) >= max_target:
             odd["rationales cut at --max-target"].append(example.rationale)
-        characters.update(prompt, example.rationale)
-    for character in sorted(characters):
-        if UNKNOWN in encode(character):
-            odd["characters unknown to the tokenizer"].append(character)
+        for text in (prompt, example.rationale):
+            kept = unicodedata.normalize("NFKC", tokenizer.to_text(encode(text)))
+            lost.update(set(unicodedata.normalize("NFKC", text)) - set(kept))
+    if lost:
+        odd["characters lost by the tokenizer"] = sorted(lost)
     for label in dataset.labels:
-        if counts[label] < 0.01 * len(dataset.train):
-            odd["labels rarer than 1 %"].append(label)
+        if counts[label] < max(3, 0.01 * len(dataset.train)):
+            odd["labels rare in train"].append(label)
         if alike[normalized(label)] > 1:
             odd["labels like another"].append(label)
-    for question in columns(dataset.test)[0]:
-        if normalized(question) in seen:
-            odd["test questions also in train or stage 1"].append(question)
+    for name, examples in [("val", dataset.val), ("test", dataset.test)]:
+        for question in columns(examples)[0]:
+            if normalized(question) in learned:
+                odd[f"{name} questions also in train or stage 1"].append(question)
     sizes = f"{len(dataset.train)} train, {len(dataset.val)} val, {len(dataset.test)} test examples"
     lines = [f"{sizes}; {len(dataset.stage1_train)} rationales for stage 1"]
     lines.append(f"labels in train: {str(dict(counts.most_common(12)))[1:-1]}")
     for what, found in odd.items():
-        lines.append(f"warning: {len(found)} {what}: {str(found)[1:60]} ...")
+        lines.append(f"warning: {len(found)} {what}: {', '.join(map(repr, found))[:60]}")
     return "\n".join(lines)
 
 
@@ -504,8 +505,7 @@ def simulate(o: Namespace) -> Dataset:
     n_stage1 = o.stage1_notes or o.notes
     train = "train", max(o.notes, n_stage1), data.train, data.stage1_train
     val = "val", 500, data.val, data.stage1_val
-    test = "test", 1000, data.test, []
-    for name, size, examples, stage1_examples in [train, val, test]:
+    for name, size, examples, stage1_examples in [train, val, ("test", 1000, data.test, [])]:
         rng = random.Random(f"{o.seed} {name}")
         for _ in range(min(size, o.limit or size)):
             call = draw_call(rng)

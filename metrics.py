@@ -244,7 +244,7 @@ def score(rows: list[dict], labels: list[str]) -> dict:
 
 def show(scores: dict, key: str) -> str:
     """A score, ± half of its interval if runs are compared by it; "-" if there is none."""
-    if key not in scores:
+    if scores.get(key) is None:
         return "-"
     if not key.endswith(("bleu", "macro_f1", "bleu_gap")):
         return f"{scores[key]:.1f}"
@@ -274,15 +274,15 @@ def table(result: dict) -> str:
     for condition, name in names.items():
         scores = rationale.get(condition, {})
         if condition == "flipped":  # without notes whose flipped label the model predicts
-            scores = scores | {"argues_given": exposure.get("following", math.nan)}
+            scores = {**scores, "argues_given": exposure.get("following")}
         line = f"{name:24}"
         for key in ("bleu", "argues_given", "argues_gold", "grounded"):
             line += f"{show(scores, key):>14}"
         if condition in rationale:
             lines.append(line)
-    if "reader" in result and result["data"] != "triage":
-        right = f"a classifier that is right on {result['reader']['accuracy']:.1f} % of gold"
-        lines.append(f"What a rationale argues for is read by {right}.")
+    if rationale and "reader" in result and result["data"] != "triage":
+        right = f"{result['reader']['accuracy']:.1f} % of the gold ones"
+        lines.append(f"A classifier reads what they argue for; it is right on {right}.")
     if exposure:
         gap = show(exposure, "bleu_gap")
         lines.append(f"\nThe predicted label in place of the gold one costs {gap} BLEU.")

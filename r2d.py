@@ -419,8 +419,8 @@ def write_config(run: Run) -> None:
     config = {name: value for name, value in vars(o).items() if name not in CALL_OPTIONS}
     config.update(labels=run.dataset.labels, model=asdict(run.model.config))
     o.out.mkdir(parents=True, exist_ok=True)
+    write_file(o.out / "tokenizer.model", run.tokenizer.model)  # first: config.json stands for both
     write_file(o.out / "config.json", json.dumps(config, indent=2).encode())
-    write_file(o.out / "tokenizer.model", run.tokenizer.model)
 
 
 # ---- The command line
@@ -533,8 +533,10 @@ def setup(o: argparse.Namespace) -> Run:
     if o.ask is None:
         dataset = data.load_data(o)
         if o.method != "sft" and not (dataset.stage1_train and dataset.stage1_val):
-            raise InputError(f"{o.data}: no rationales in train or in val; use --method sft")
-        if min(o.batch_size, len(dataset.train)) < WORLD:
+            file = o.stage1_data or o.data
+            raise InputError(f"{file}: no rationales in train or in val; use --method sft")
+        shortest = dataset.stage1_train if o.method == "r2d" else dataset.train
+        if min(o.batch_size, len(dataset.train), len(shortest)) < WORLD:
             raise InputError(f"{WORLD} processes, but a batch has fewer examples; start fewer")
     else:
         dataset = Dataset(config.get("labels", []))  # the folder of the run is enough

@@ -14,7 +14,6 @@ from helpers import lines, read, write_notes
 import data
 import r2d
 
-CORE = pytest.mark.xfail(strict=True, reason="a fault of r2d.setup, reported")
 TINY = "--limit 48 --stage1-steps 2 --stage2-steps 4 --eval-every 4 --batch-size 4 --width 16"
 TINY = [*TINY.split(), *"--heads 2 --layers 1 --vocab-size 400 --max-source 128".split()]
 TINY += ["--max-target", "24", "--device", "cpu", "--out", "run"]
@@ -134,7 +133,7 @@ def test_bad_data_are_refused(files, source, capsys):
 FEW = ["", "question,rationale\n", "question,rationale\n" + "q,r\n" * 30]  # no validation
 
 
-@pytest.mark.parametrize("file", ["missing", ROWS, *[pytest.param(f, marks=CORE) for f in FEW]])
+@pytest.mark.parametrize("file", ["missing", ROWS, *FEW])
 def test_bad_stage1_data_are_refused(file, capsys):
     """Catches a message about --data where --stage1-data is missing, bad or too short."""
     write("d.jsonl", TEXT)

@@ -243,7 +243,6 @@ for i in range(30):
     RECORDS.append({"question": f"Is it {i}?", "label": label, "rationale": f"Reason {i}."})
 EXAMPLES = [Example(**record) for record in RECORDS]
 NASTY = {"question": 'A "q",\nof 2 lines, é 日本 \u2028 x', "label": "a, b", "rationale": ""}
-CORE = pytest.mark.xfail(strict=True, reason="a fault of data.py, reported")
 
 
 def load(path: Path, content: str = "", **changes: object) -> data.Dataset:
@@ -289,7 +288,7 @@ def test_a_file_is_split_by_seed_and_cut_by_limit(tmp_path):
 
 
 ALIKE = ["Is it  é {}?", "is IT é {}? ", "Is it e\u0301 {}?", "Ｉs\u00a0it é\n{}?"]
-ALIKE += [pytest.param("Is it é\u200b {}?", marks=CORE)]
+ALIKE += ["Is it é\u200b {}?"]
 
 
 @pytest.mark.parametrize("form", ALIKE, ids=ascii)
@@ -346,7 +345,7 @@ TWICE = '{"question": "q", "label": "no", "label": "yes", "rationale": ""}'
         ("a.csv", "question,label,rationale\nq, ,r\n", "label is ' '.* after line 2;"),
         ("a.csv", "label,question,label,rationale\na,q,a,r\n", "two columns .* the same name"),
         ("a.csv", "question,other,rationale\nq,a,r\n", "'label'.* needs question,label,rationale"),
-        pytest.param("a.jsonl", as_jsonl(RECORDS) + "\n" + TWICE, "same name", marks=CORE),
+        ("a.jsonl", as_jsonl(RECORDS) + "\n" + TWICE, "same name"),
         ("a.jsonl", as_jsonl(RECORDS[::2]), "(2|two) labels in train"),
     ],
 )
@@ -400,7 +399,7 @@ for more, warning in [
     ({"train": [("cafe\u0301", "no", "")]}, None),  # T5 makes an é of it
     ({"val": [("Is it 3?", "no", "")]}, "1 val.* questions .*'Is it 3"),
 ]:
-    LOOKS.append(pytest.param(more, warning, marks=CORE))
+    LOOKS.append((more, warning))
 
 
 @pytest.mark.parametrize(("more", "warning"), LOOKS, ids=range(len(LOOKS)))

@@ -21,7 +21,6 @@ import r2d
 # Validations and saves after updates 3 and 6 of stage 1 and 3, 6, 9 and 12 of stage 2.
 TINY = "--limit 32 --stage1-steps 6 --stage2-steps 12 --eval-every 3 --batch-size 8 --width 32"
 TINY += " --heads 2 --layers 1 --lr 0.1 --vocab-size 400 --max-target 16 --dropout 0.1"
-CORE = pytest.mark.xfail(strict=True, reason="a fault of r2d.py, reported")
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals and fork")
 
 
@@ -126,7 +125,7 @@ PLACES = {"r2d.stage1_loss": 5, "r2d.stage2_loss": 8, "metrics.macro_f1": 2, "me
 PLACES["Path.write_bytes"] = 2  # between config.json and tokenizer.model
 
 
-@pytest.mark.parametrize("place", [*list(PLACES)[:4], pytest.param("Path.write_bytes", marks=CORE)])
+@pytest.mark.parametrize("place", PLACES)
 def test_ctrl_c_says_how_to_go_on(place, options, undisturbed, tmp_path, monkeypatch, capsys):
     """Catches a traceback, another status than 130, and a run that cannot go on."""
     command = [*options, "--out", str(tmp_path / "run")]
@@ -233,7 +232,7 @@ def test_two_processes_are_one_run(options, tmp_path):
         assert two == pytest.approx(one, abs=1e-3)  # of texts: equal
 
 
-@pytest.mark.parametrize(("size", "n_stage1"), [("1", 32), pytest.param("8", 1, marks=CORE)])
+@pytest.mark.parametrize(("size", "n_stage1"), [("1", 32), ("8", 1)])
 def test_a_process_without_a_row_is_refused(size, n_stage1, options, tmp_path, monkeypatch):
     """Catches an error deep inside torch, which no second start helps, and a folder left behind."""
     dataset = r2d.data.load_data(r2d.parse_args(options))

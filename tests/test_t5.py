@@ -278,8 +278,7 @@ def test_a_bin_of_something_else_is_refused(tmp_path):
     assert not (tmp_path / "mark").exists()
     torch.load(tmp_path / "pytorch_model.bin", weights_only=False)
     assert (tmp_path / "mark").exists()  # it would have
-    if "weights_only" in message:  # torch's advice to let it
-        pytest.xfail("a fault of data.reading, reported")
+    assert "weights_only" not in message  # torch's advice to let it
 
 
 def test_safetensors_goes_first_and_is_needed_for_its_files_alone(tmp_path, monkeypatch):
