@@ -1,7 +1,5 @@
 """Text in, numbers out: examples, files, tokenizer, batches, a look at the data; last a simulator.
-
-The default data are SIMULATED, as the paper's notes are private, and are not medical advice.
-"""
+The default data are SIMULATED, as the paper's notes are private, and are not medical advice."""
 
 import contextlib
 import csv
@@ -229,10 +227,8 @@ class Tokenizer:
 
 
 def make_batches(examples: list[Example], size: int, seed: int, epoch: int) -> list[list[Example]]:
-    """The batches of an epoch; the same for the same arguments.
-
-    Shuffled, then sorted by length within pools of 16 batches: neighbours of one length need
-    little padding. A last, incomplete batch is left out, unless it is the only one.
+    """The batches of an epoch: shuffled, then sorted by length within pools of 16 batches, since
+    neighbours of one length need little padding. A last, incomplete one is left out, unless alone.
     """
     rng = random.Random(f"{seed} {epoch}")
     order = rng.sample(examples, len(examples))
@@ -480,9 +476,7 @@ NAMED = 0.75  # share of the rationales that name their label; the others imply 
 
 def make_example(call: Call, note: str, tier: int, voice: str, named: bool) -> Example:
     """The note with this tier's label, and a rationale that names the label or implies it.
-
-    If the tier is not the rule's, the nurse had reasons that are not in the note, and says so.
-    """
+    If the tier is not the rule's, the nurse had reasons that are not in the note, and says so."""
     label = DISPOSITIONS[tier]
     steps = VOICES[voice](call)
     if voice == "reasons":  # nothing that gives the label away
@@ -496,11 +490,8 @@ def make_example(call: Call, note: str, tier: int, voice: str, named: bool) -> E
 
 
 def simulate(o: Namespace) -> Dataset:
-    """The simulated nurse line: --notes for stage 2, --stage1-notes for stage 1.
-
-    In a share --override of the calls the nurse decides one level above or below the rule, for
-    reasons that the note does not hold. The notes are the same whatever --override is.
-    """
+    """The simulated nurse line. In a share --override of the calls the nurse decides one level
+    above or below the rule, for reasons missing from the note; the notes stay the same."""
     data = Dataset(DISPOSITIONS)
     n_stage1 = o.stage1_notes or o.notes
     train = "train", max(o.notes, n_stage1), data.train, data.stage1_train

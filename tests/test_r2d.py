@@ -296,7 +296,7 @@ def test_stage_1_learns_and_validates_on_its_own_rationales(more, easy, tmp_path
 def test_few_rationales_are_enough_but_none_are_refused(every, tmp_path, capsys):
     """Catches a mean over nothing, which no later checkpoint can beat; batches without rationale
     in stage 1 (momentum alone then moves the weights, later NaN); and NaN in a file."""
-    more = ["--data", write_folder(tmp_path, *every), "--limit", "160", "--stage1-steps", "20"]
+    more = ["--data", write_folder(tmp_path, *every), "--limit", "100", "--stage1-steps", "12"]
     out = tmp_path / "run"
     if 999 in every:
         assert start(out, *more) == 2
@@ -309,7 +309,7 @@ def test_few_rationales_are_enough_but_none_are_refused(every, tmp_path, capsys)
     assert dataset.stage1_train == [e for e in dataset.train if e.rationale]
     saved = [torch.load(out / f"{name}.pt", weights_only=True) for name in ("last", "stage2")]
     saved += [lines(out / "log.jsonl"), read(out / "metrics.json")]
-    assert all(line["loss"] > 0 for line in saved[2][:20])
+    assert all(line["loss"] > 0 for line in saved[2][:12])
     json.dumps(saved, default=Tensor.tolist, allow_nan=False)
 
 
@@ -412,6 +412,7 @@ def test_the_seed_decides_everything(easy_run, easy, tmp_path):
 
 def test_p_zero_is_gold_only_and_p_one_is_not(easy, tmp_path, monkeypatch):
     """Catches sampling that costs a random number at P = 0, and one that changes no prompt."""
+    monkeypatch.setattr(r2d, "evaluate", id)  # none
     more = [*easy, "--dropout", "0.1", "--warmup", "0", "--ramp", "0"]
     assert start(tmp_path / "own", *more, "--cap", "1") == 0
     assert start(tmp_path / "zero", *more, "--cap", "0") == 0
@@ -463,7 +464,7 @@ def test_init_is_evaluated_as_it_is_and_trained(finished, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     t5 = write_t5(tmp_path / "t5", (finished / "tokenizer.model").read_bytes())
     out = tmp_path / "run"
-    assert start(out, "--init", str(t5), "--eval") == 0
+    assert start(out, "--init", str(t5), "--limit", "16", "--eval") == 0
     assert sorted(contents(out)) == [FILES[0], *FILES[3:5], FILES[7]]  # nothing is trained
     peer = transformers.T5ForConditionalGeneration.from_pretrained(t5).eval()
     tokenizer = data.Tokenizer.load(t5 / "spiece.model")
@@ -473,7 +474,7 @@ def test_init_is_evaluated_as_it_is_and_trained(finished, tmp_path, capsys):
         loss = peer(input_ids=tokenizer.to_ids([prompt], 256), labels=labels).loss.item()
         assert row["nats_given_gold"] == pytest.approx(loss * labels.shape[1], rel=1e-4)
     out = tmp_path / "trained"
-    assert start(out, "--init", str(t5), "--lr", "0.001") == 0
+    assert start(out, "--init", str(t5), "--limit", "16", "--lr", "0.001") == 0
     assert (out / "tokenizer.model").read_bytes() == (t5 / "spiece.model").read_bytes()
     trained = weights(out / "stage2.pt")["embedding.weight"]
     assert 0 < (trained - peer.state_dict()["shared.weight"]).abs().max() < 0.1
