@@ -111,13 +111,12 @@ def die_again_and_again(moments: list, arguments: list[str]) -> None:
 def test_twenty_kills_leave_no_trace(options, undisturbed, tmp_path):
     """Catches a resume that loses or repeats anything: weights, optimiser, dropout, coins, place,
     best score, log; and a file that is half there under its name."""
-    for moments in (MOMENTS, CHANCE):
-        out = tmp_path / str(len(moments))
-        process = launch([__file__, json.dumps(moments), *options, "--out", str(out)])
-        said = process.communicate(timeout=300)[0]
-        assert said.count("ended 9\n") == said.count("ended") == len(moments), said
-        assert r2d.main(["--out", str(out)]) == 0  # with the options of the run
-        check_same(out, undisturbed)
+    runs = {str(tmp_path / "chosen"): MOMENTS, str(tmp_path / "chance"): CHANCE}
+    said = launch([__file__, json.dumps(runs), *options]).communicate(timeout=300)[0]
+    assert said.count("ended 9\n") == said.count("ended") == 20, said
+    for out in runs:
+        assert r2d.main(["--out", out]) == 0  # with the options of the run
+        check_same(Path(out), undisturbed)
 
 
 # ---- Ctrl-C, full disks -------------------------------------------------------------------------
@@ -198,17 +197,18 @@ def launch(command: list[str], **more: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *command], env=env, errors="replace", **pipes)
 
 
-def test_a_screen_that_lacks_letters_shows_a_question_mark(options, tmp_path):
-    """Catches a trained run that ends with an error because its examples cannot be printed."""
-    out = tmp_path / "run"
-    notes = write_notes(tmp_path / "notes.csv")
-    notes.write_text(notes.read_text("utf-8").replace("the ", "the \N{BONE} "), "utf-8")
-    command = [str(ROOT / "r2d.py"), *options, "--stage2-steps", "1", "--data", str(notes)]
-    process = launch([*command, "--out", str(out)], PYTHONIOENCODING="cp1252")
+def test_a_screen_that_lacks_letters_shows_a_question_mark(undisturbed, tmp_path):
+    """Catches a finished run that ends with an error because its examples cannot be printed."""
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    config = (out / "config.json").read_text("utf-8")
+    notes = Path(json.loads(config)["data"])
+    (tmp_path / "n.csv").write_text(notes.read_text("utf-8").replace("is", "\N{BONE}"), "utf-8")
+    (out / "config.json").write_text(config.replace(str(notes), str(tmp_path / "n.csv")), "utf-8")
+    process = launch([str(ROOT / "r2d.py"), "--out", str(out), "--eval"], PYTHONIOENCODING="cp1252")
     said = process.communicate(timeout=100)[0]
     assert process.returncode == 0, said
-    assert "labels in train" in said and ": the ? " in said
-    assert sorted(contents(out)) == FILES
+    assert "labels in train" in said and " ? " in said
+    assert "\\ud83e\\uddb4" in (out / "predictions.jsonl").read_text("utf-8")
 
 
 def test_two_processes_are_one_run(options, tmp_path):
@@ -246,4 +246,5 @@ def test_a_process_without_a_row_is_refused(size, n_stage1, options, tmp_path, m
 
 
 if __name__ == "__main__":
-    die_again_and_again(json.loads(sys.argv[1]), sys.argv[2:])
+    for out, moments in json.loads(sys.argv[1]).items():
+        die_again_and_again(moments, [*sys.argv[2:], "--out", out])
