@@ -598,7 +598,7 @@ def run_command(o: argparse.Namespace) -> None:
                 train(run, 1, run.dataset.stage1_train, o.stage1_steps, stage1_loss, 3, 0)
         if o.stage == 1:
             return
-        if "stage2.pt" in done:
+        if "stage2.pt" in done and not o.eval:  # --eval has loaded them above
             load_weights(run, 2)
         elif not o.eval:
             # The authors may choose weights from before the ramp, which never saw own labels.
