@@ -70,7 +70,7 @@ def load_data(o: Namespace) -> Dataset:
         train, val, test = [examples[: o.limit] for examples in splits]
         labels = dict.fromkeys(columns(train + val + test)[1])  # each once, in their order
         if not val or not test or len(set(columns(train)[1])) < 2:
-            raise InputError(f"{o.data}: needs 10 questions, 2 labels in train, a val and a test")
+            raise InputError(f"{o.data}: needs 10 questions, and 2 labels in train")
         dataset = Dataset(list(labels), train, val, test, stage1_train=train, stage1_val=val)
     if o.stage1_data:
         examples = read_file(Path(o.stage1_data), ["question", "rationale"])
@@ -175,7 +175,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        with reading(path, "give the spiece.model of a T5, in full (git lfs pull)"):
+        with reading(path, "damaged, or not of a T5, or not in full (git lfs pull)"):
             tokenizer = cls(path.read_bytes())
             if tokenizer.processor.pad_id() != PAD or tokenizer.processor.eos_id() != END:
                 raise ValueError("padding and end are not the ids 0 and 1")

@@ -126,15 +126,12 @@ def p_predicted(
 
 
 def inverse_sigmoid_k(n: float, p: float) -> float:
-    """The k that gives P = p after n updates: its log odds, n/k - ln(k), fall with k. Bisection."""
-    low, high = 1e-9 * n, 1e9 * n
-    for _ in range(200):
-        k = math.sqrt(low * high)
-        if n / k - math.log(k) > math.log(p / (1 - p)):
-            low = k
-        else:
-            high = k
-    return k
+    """The k that gives P = p after n updates: x = n / k solves x + ln(x) = c. Newton's method."""
+    c = math.log(p / (1 - p)) + math.log(n)
+    x = min(1.0, math.exp(c - 1))  # below the solution, so that no step leads too far
+    for _ in range(100):
+        x *= (1 + c - math.log(x)) / (1 + x)
+    return n / x
 
 
 def alpha_at(step: int, steps: int, warmup: float, alpha: float) -> float:
@@ -255,10 +252,20 @@ def train(
     validations in a row without better ones; in the default there are too few for that.
     """
     o = run.options
+    if (o.out / f"stage{stage}.pt").exists():  # done before
+        load(run, f"stage{stage}.pt")
+        return
     progress = Progress(stage)
     optimizers = run.model.make_optimizers(o.optimizer)
     if (o.out / "last.pt").exists():
-        load(run, progress, optimizers)
+        saved = load(run, "last.pt")
+        progress.log = saved["progress"]["log"]
+        if saved["progress"]["stage"] < stage:  # a save of stage 1, which is done
+            load(run, "stage1.pt")
+        else:
+            vars(progress).update(saved["progress"])
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
     batches = []  # of all updates
     epoch = 0
     while len(batches) < steps:
@@ -299,11 +306,13 @@ def train(
             elif progress.step >= start:
                 progress.bad_evals += 1
             if RANK == 0:
-                save(run, progress, optimizers)
+                lines = [json.dumps(line) + "\n" for line in progress.log]
+                write_file(o.out / "log.jsonl", "".join(lines).encode())
+                states = [optimizer.state_dict() for optimizer in optimizers]
+                save(run, "last.pt", progress=vars(progress), optimizers=states)
     run.model.load_state_dict(progress.best_weights)
     if RANK == 0:
-        checkpoint = {"config": asdict(run.model.config), "weights": progress.best_weights}
-        write_checkpoint(o.out / f"stage{stage}.pt", checkpoint)
+        save(run, f"stage{stage}.pt")
 
 
 # ---- The test: the same notes explained under the gold, the predicted and a flipped label
@@ -368,49 +377,28 @@ def evaluate(run: Run) -> None:
 
 
 # ---- The files of a run
-def write_checkpoint(path: Path, content: dict) -> None:
+def save(run: Run, name: str, **more) -> None:
+    """A checkpoint: the weights and the shape of the model, and what else resuming needs."""
     buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_file(path, buffer.getvalue())
+    config = asdict(run.model.config)
+    torch.save({"config": config, "weights": run.model.state_dict(), **more}, buffer)
+    write_file(run.options.out / name, buffer.getvalue())
 
 
-def save(run: Run, progress: Progress, optimizers: list[torch.optim.Optimizer]) -> None:
-    """The log so far, in log.jsonl; then all that `load` needs, in last.pt."""
-    lines = [json.dumps(line) + "\n" for line in progress.log]
-    write_file(run.options.out / "log.jsonl", "".join(lines).encode())
-    state = {"progress": vars(progress), "weights": run.model.state_dict()}
-    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-    write_checkpoint(run.options.out / "last.pt", state)
-
-
-def load(run: Run, progress: Progress, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Put the last save back in place; of a save of stage 1, stage 2 takes the log alone."""
-    path = run.options.out / "last.pt"
-    with reading(path, "start over in another --out"):
-        state = torch.load(path, map_location=run.options.device, weights_only=True)
-        progress.log = state["progress"]["log"]
-        if state["progress"]["stage"] == progress.stage:
-            vars(progress).update(state["progress"])
-            run.model.load_state_dict(state["weights"])
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-
-
-def load_weights(run: Run, stage: int) -> None:
-    """The best weights of a stage, from its checkpoint."""
-    path = run.options.out / f"stage{stage}.pt"
-    with reading(path, f"train it first, or give the --out of a run that has stage {stage}"):
-        checkpoint = torch.load(path, map_location=run.options.device, weights_only=True)
-        run.model.load_state_dict(checkpoint["weights"])
+def load(run: Run, name: str) -> dict:
+    """The content of a checkpoint, whose weights go into the model. Raises InputError."""
+    path = run.options.out / name
+    with reading(path, "train it first, or give another --out"):
+        saved = torch.load(path, map_location=run.options.device, weights_only=True)
+        run.model.load_state_dict(saved["weights"])
+    return saved
 
 
 def read_config(out: Path) -> dict:
     """The config.json of the run in `out`; empty if there is no run yet."""
     path = out / "config.json"
-    if not path.exists():
-        return {}
     with reading(path, "start over in another --out"):
-        return {**json.loads(path.read_text(encoding="utf-8"))}
+        return {**json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
 
 
 def write_config(run: Run) -> None:
@@ -472,11 +460,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--stage2-steps", **count, default=220, help="updates in stage 2")
     add("--batch-size", **count, default=24, help="examples per update")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="adamw: as in the paper")
-    add(
-        "--lr",
-        **share,
-        help="peak; else 0.04 for muon, which is relative to the weights, 0.001 for adamw",
-    )
+    add("--lr", **share, help="peak; muon 0.04, relative to the weights; adamw 0.001")
     add("--eval-every", **count, default=50, help="updates between two validations")
     add("--dropout", **share, default=0.0, help="dropout rate")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matrix products")
@@ -508,6 +492,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         o.lr = 0.04 if o.optimizer == "muon" else 0.001
     if o.device == "auto":
         o.device = ACCELERATOR
+    if o.batch_size < WORLD:
+        parser.error(f"{WORLD} processes need a batch of as many examples; start fewer")
     if o.stage == 1 and (o.method != "r2d" or o.no_stage1 or o.eval):
         parser.error("--stage 1: is training, of --method r2d alone, without --no-stage1")
     if o.ask is not None and not o.ask.encode().strip():  # encode: raises if it is not UTF-8
@@ -532,12 +518,16 @@ def setup(o: argparse.Namespace) -> Run:
     config = read_config(o.out)
     if o.ask is None:
         dataset = data.load_data(o)
-        if o.method != "sft" and not (dataset.stage1_train and dataset.stage1_val):
-            file = o.stage1_data or o.data
-            raise InputError(f"{file}: no rationales in train or in val; use --method sft")
-        shortest = dataset.stage1_train if o.method == "r2d" else dataset.train
-        if min(o.batch_size, len(dataset.train), len(shortest)) < WORLD:
-            raise InputError(f"{WORLD} processes, but a batch has fewer examples; start fewer")
+        if o.method != "sft" and not any(columns(dataset.train)[2]):
+            raise InputError(f"{o.data}: no rationale in train; use --method sft")
+        if (
+            o.method == "r2d"
+            and not o.no_stage1
+            and not (dataset.stage1_train and dataset.stage1_val)
+        ):
+            raise InputError(
+                f"{o.stage1_data or o.data}: stage 1 needs rationales in train and val"
+            )
     else:
         dataset = Dataset(config.get("labels", []))  # the folder of the run is enough
     questions, _, rationales = columns(dataset.train + dataset.stage1_train)
@@ -584,27 +574,20 @@ def run_command(o: argparse.Namespace) -> None:
     with torch.autocast(o.device, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
         untrained = o.init and not done & {"stage2.pt", "last.pt"}  # a T5 to be scored as it is
         if (o.eval and not untrained) or o.ask is not None:
-            load_weights(run, 2)
+            load(run, "stage2.pt")
         if o.ask is not None:
             ask(run)
             return
         if RANK == 0:
             write_config(run)
             print(data.look(run.dataset, run.tokenizer, o.max_source, o.max_target))
-        if o.method == "r2d" and not o.no_stage1 and not o.eval:
-            if "stage1.pt" in done:
-                load_weights(run, 1)
-            else:
-                train(run, 1, run.dataset.stage1_train, o.stage1_steps, stage1_loss, 3, 0)
-        if o.stage == 1:
-            return
-        if "stage2.pt" in done and not o.eval:  # --eval has loaded them above
-            load_weights(run, 2)
-        elif not o.eval:
+        if not o.eval and o.method == "r2d" and not o.no_stage1:
+            train(run, 1, run.dataset.stage1_train, o.stage1_steps, stage1_loss, 3, 0)
+        if not o.eval and o.stage == 2:
             # The authors may choose weights from before the ramp, which never saw own labels.
             start = o.stage2_steps * min(1, max(0.65, o.warmup + o.ramp))
             train(run, 2, run.dataset.train, o.stage2_steps, stage2_loss, 5, start)
-        if RANK == 0:
+        if RANK == 0 and o.stage == 2:
             evaluate(run)
 
 
