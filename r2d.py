@@ -518,16 +518,12 @@ def setup(o: argparse.Namespace) -> Run:
     config = read_config(o.out)
     if o.ask is None:
         dataset = data.load_data(o)
+        uses_stage1 = o.method == "r2d" and not o.no_stage1
         if o.method != "sft" and not any(columns(dataset.train)[2]):
-            raise InputError(f"{o.data}: no rationale in train; use --method sft")
-        if (
-            o.method == "r2d"
-            and not o.no_stage1
-            and not (dataset.stage1_train and dataset.stage1_val)
-        ):
-            raise InputError(
-                f"{o.stage1_data or o.data}: stage 1 needs rationales in train and val"
-            )
+            raise InputError(f"{o.data}: no rationales in train; use --method sft")
+        if uses_stage1 and not (dataset.stage1_train and dataset.stage1_val):
+            file = o.stage1_data or o.data
+            raise InputError(f"{file}: no rationales for stage 1 in val; use --no-stage1")
     else:
         dataset = Dataset(config.get("labels", []))  # the folder of the run is enough
     questions, _, rationales = columns(dataset.train + dataset.stage1_train)

@@ -299,6 +299,9 @@ def test_few_rationales_are_enough_but_none_are_refused(every, tmp_path, capsys)
     more.append(write_folder(tmp_path, *every))
     out = tmp_path / "run"
     tiny(*more, "--method", "sft")  # needs none
+    if every == (1, 999):  # only stage 1 needs rationales in val
+        tiny(*more, "--no-stage1")
+        tiny(*more, "--method", "dss")
     if 999 in every:
         assert start(out, *more) == 2
         assert "no rationales" in capsys.readouterr().err
