@@ -1,20 +1,27 @@
 """Does sampling work by the model's own errors, or by any wrong label in the prompt?
 
-    python notebooks/why.py folds OPTIONS         labels of models that did not see the note
-    python notebooks/why.py random RUN OPTIONS    random wrong labels, as many as RUN had
+    python notebooks/why.py --seeds 30 31 --out why --notes 500 --override 0
 
-Each is a run of r2d.py, with its options, in which another function replaces `mix_labels`.
+Further options are r2d.py's. For each seed it trains R2D, gold only, and three runs in which
+another function stands in for `mix_labels`: `folds`, labels predicted by a model that did not see
+the note; `random`, as many random wrong labels as R2D had wrong ones; `random-folds`, as many as
+folds had. Each run has a folder, OUT/ITEM-SEED, as in compare.py; it writes OUT/compare.json.
 """
 
 import functools
 import json
 import random
 import sys
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import compare
+
 import r2d
 from data import Example, InputError, columns, reading
+
+GOLD = "r2d,schedule=none"
 
 
 def labels_of_unseen(options: list[str]) -> dict[str, str]:
@@ -24,19 +31,18 @@ def labels_of_unseen(options: list[str]) -> dict[str, str]:
     for fold in (0, 1):
         out = o.out / f"fold{fold}"
         run = r2d.setup(r2d.parse_args([*options, "--method=sft", f"--out={out}"]))
-        steps = o.stage1_steps + o.stage2_steps
-        unseen = run.dataset.train[fold::2]
-        run.dataset.train = run.dataset.train[1 - fold :: 2]
+        seen = run.dataset.train[1 - fold :: 2]
+        unseen = columns(run.dataset.train[fold::2])[0]
         out.mkdir(parents=True, exist_ok=True)
-        r2d.train(run, 2, run.dataset.train, steps, r2d.stage2_loss, 5, 0.65 * steps)
+        steps = o.stage1_steps + o.stage2_steps
+        r2d.train(run, 2, seen, steps, r2d.stage2_loss, patience=5, start=0.65 * steps)
         run.model.eval()
-        questions = columns(unseen)[0]
-        labels.update(zip(questions, r2d.predict_labels(run, questions), strict=True))
+        labels.update(zip(unseen, r2d.predict_labels(run, unseen), strict=True))
     return labels
 
 
 def mix_unseen(predicted: dict, run: r2d.Run, batch: list[Example], coins: list[bool]) -> tuple:
-    """In place of `mix_labels`: the label of a model that did not see the note, by the coin."""
+    """In place of `mix_labels`: the label of the model that did not see the note, by the coin."""
     labels = columns(batch)[1]
     counts = {"used_predicted": 0, "wrong_predicted": 0, "invalid_predicted": 0}
     for i, coin in enumerate(coins):
@@ -48,48 +54,74 @@ def mix_unseen(predicted: dict, run: r2d.Run, batch: list[Example], coins: list[
     return labels, counts
 
 
-def mix_random(
-    n_wrong: int, rng: random.Random, run: r2d.Run, batch: list[Example], coins: list[bool]
-) -> tuple:
-    """In place of `mix_labels`: gold labels, but for `n_wrong` random wrong ones."""
-    labels = columns(batch)[1]
-    for i in rng.sample(range(len(batch)), n_wrong):
-        wrong = [label for label in run.dataset.labels if label != labels[i]]
-        labels[i] = rng.choice(wrong)
-    return labels, {"used_predicted": n_wrong, "wrong_predicted": n_wrong, "invalid_predicted": 0}
+def loss_with_random_labels(doses: list[int], run: r2d.Run, batch: list[Example], step: int):
+    """In place of `stage2_loss`: as many random wrong labels in the prompts as `doses` says."""
+    rng = random.Random(f"{run.options.seed} random labels {step}")
+    n_wrong = doses[min(step, len(doses) - 1)]  # that run may have ended early
+
+    def mix_random(run: r2d.Run, batch: list[Example], coins: list[bool]) -> tuple:
+        labels = columns(batch)[1]
+        for i in rng.sample(range(len(batch)), n_wrong):
+            wrong = [label for label in run.dataset.labels if label != labels[i]]
+            labels[i] = rng.choice(wrong)
+        counts = {"used_predicted": n_wrong, "wrong_predicted": n_wrong, "invalid_predicted": 0}
+        return labels, counts
+
+    r2d.mix_labels = mix_random
+    return STAGE2_LOSS(run, batch, step)
 
 
-def doses(folder: Path) -> list[int]:
-    """The wrong labels in the prompts of each update of stage 2 of a finished run."""
-    with reading(folder / "log.jsonl", "give the folder of a finished run of --method r2d"):
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def read_doses(folder: Path) -> list[int]:
+    """The number of wrong labels in the prompts of each update of stage 2."""
+    path = folder / "log.jsonl"
+    with reading(path):
+        log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [line["wrong_predicted"] for line in log if line["stage"] == 2]
 
 
-def main(arguments: list[str]) -> int:
-    """The exit status: 0 done, 2 bad input, 130 stopped by Ctrl-C."""
-    stage2_loss = r2d.stage2_loss
+STAGE2_LOSS, MIX_LABELS = r2d.stage2_loss, r2d.mix_labels
+
+
+def train(item: str, seed: int, out: Path, further: list[str]) -> dict:
+    """One run; its scores. Raises InputError."""
+    if item in ("r2d", GOLD):
+        options = compare.plan(item, seed, out, further)
+    else:
+        options = [*further, f"--seed={seed}", f"--out={out / f'{item}-{seed}'}"]
+    if item == "folds":
+        r2d.mix_labels = functools.partial(mix_unseen, labels_of_unseen(options))
+    elif item in ("random", "random-folds"):
+        source = "r2d" if item == "random" else "folds"
+        doses = read_doses(out / f"{source}-{seed}")
+        r2d.stage2_loss = functools.partial(loss_with_random_labels, doses)
+    status = r2d.main(options)
+    r2d.stage2_loss, r2d.mix_labels = STAGE2_LOSS, MIX_LABELS
+    if status != 0:
+        raise InputError(f"{item}, seed {seed}: stopped; the same command goes on")
+    return compare.read_run(r2d.parse_args(options).out)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit status: 0 done, 2 bad input or stopped."""
+    style = {"formatter_class": RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = ArgumentParser("why.py", SUPPRESS, __doc__, **style)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default="why")
+    args, further = parser.parse_known_args(arguments)
+    runs = {item: [] for item in ("r2d", GOLD, "folds", "random", "random-folds")}
     try:
-        if arguments[:1] == ["folds"]:
-            options = arguments[1:]
-            r2d.mix_labels = functools.partial(mix_unseen, labels_of_unseen(options))
-        elif arguments[:1] == ["random"] and len(arguments) > 1:
-            options = arguments[2:]
-            n_wrong = doses(Path(arguments[1]))
-
-            def loss_with_random_labels(run: r2d.Run, batch: list[Example], step: int) -> tuple:
-                rng = random.Random(f"{run.options.seed} random labels {step}")
-                r2d.mix_labels = functools.partial(mix_random, n_wrong[step], rng)
-                return stage2_loss(run, batch, step)
-
-            r2d.stage2_loss = loss_with_random_labels
-        else:
-            raise InputError("the first word is folds, or random and a run")
-    except InputError as error:
+        for seed in args.seeds:
+            for item in runs:
+                runs[item].append(train(item, seed, args.out, further))
+        rows = compare.summarize(runs, args.seeds, "r2d")
+        content = json.dumps(rows, indent=2, allow_nan=False)
+        r2d.write_file(args.out / "compare.json", content.encode())
+    except (InputError, OSError) as error:
         print(f"why.py: {error}", file=sys.stderr)
         return 2
-    return r2d.main(options)
+    print("\n" + compare.table(rows, "r2d"))
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The scripts on finished runs, notebooks/: compare.py, bertscore.py, draw.py."""
+"""The scripts in notebooks/: compare.py, why.py, bertscore.py, draw.py."""
 
 import json
 import re
@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "notebooks"))
 import bertscore
 import compare
 import draw
+import why
 
 STEPS = "--stage1-steps 2 --stage2-steps 4 --eval-every 2 --batch-size 8 --notes 20 --limit 20"
 OPTIONS = [*STEPS.split(), *"--width 32 --layers 1 --vocab-size 400 --max-target 24".split()]
@@ -140,6 +141,35 @@ def test_wrong_arguments_end_before_the_first_run(wrong: str, tmp_path: Path, ca
     out = tmp_path / "out"
     message = refusal(capsys, compare.main, "sft", item, "--out", out, *OPTIONS, *options)
     assert re.search("[a-z]{2,}", wrong)[0] in message and not out.exists()
+
+
+# ---- why.py
+def test_other_labels_have_the_dose_and_the_origin_that_they_claim(tmp_path, monkeypatch) -> None:
+    """Catches a dose that is not R2D's, a model that predicts notes it has learned from, and a
+    replaced function that stays for the next run."""
+    learned, predicted = [], []
+
+    def train(run: why.r2d.Run, stage: int, examples: list, *more: object, **named: object) -> None:
+        learned.append(set(data.columns(examples)[0]))
+        plain_train(run, stage, examples, *more, **named)
+
+    def unseen(predicted_labels: dict, *more: object) -> tuple:
+        predicted.append(predicted_labels)
+        return plain_unseen(predicted_labels, *more)
+
+    plain_train, plain_unseen = why.r2d.train, why.mix_unseen
+    monkeypatch.setattr(why.r2d, "train", train)
+    monkeypatch.setattr(why, "mix_unseen", unseen)
+    options = [*OPTIONS, *"--warmup 0 --ramp 0 --cap 1 --stage2-steps 40 --eval-every 40".split()]
+    assert status(why.main, "--seeds", 4, "--out", tmp_path, *options) == 0
+    doses = {}
+    for item in ("r2d", "r2d_schedule_none", "folds", "random", "random-folds"):
+        log = lines(tmp_path / f"{item}-4" / "log.jsonl")
+        doses[item] = [line["wrong_predicted"] for line in log if line["stage"] == 2]
+    assert doses["random"] == doses["r2d"] and doses["random-folds"] == doses["folds"]
+    assert sum(doses["r2d_schedule_none"]) == 0 < sum(doses["folds"])
+    first, second = learned[4:6]  # after two runs of two stages
+    assert first.isdisjoint(second) and first | second == set(predicted[0]) == learned[0]
 
 
 # ---- bertscore.py
