@@ -1,15 +1,19 @@
 """What several test files need."""
 
+import io
 import json
 import random
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import sentencepiece
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ["config.json", "last.pt", "log.jsonl", "metrics.json", "predictions.jsonl"]
 FILES += ["stage1.pt", "stage2.pt", "tokenizer.model"]  # what a run leaves
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1234\n"
 
 
 def read(path: Path) -> dict:
@@ -39,6 +43,22 @@ def changed(content: dict, *path: object, value: object) -> dict:
         place = place[key]
     place[path[-1]] = value
     return content
+
+
+def data_options(**changes: object) -> Namespace:
+    """The options that data.load_data takes, with the defaults of r2d.py."""
+    o = {"data": "triage", "seed": 0, "limit": None, "notes": 1000, "stage1_notes": None}
+    o |= {"override": 0.2, "rationales": "llm", "stage1_rationales": "llm", "stage1_data": None}
+    assert changes.keys() <= o.keys()
+    return Namespace(**(o | changes))
+
+
+def t5_like(texts: list[str], size: int, **ids: object) -> bytes:
+    """SentencePiece as in T5: it normalises, and has no bytes for what it does not know."""
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2} | ids
+    model, train = io.BytesIO(), sentencepiece.SentencePieceTrainer.train
+    train(sentence_iterator=iter(texts), model_writer=model, vocab_size=size, **ids)
+    return model.getvalue()
 
 
 def write_notes(path: Path, every: int = 1) -> Path:

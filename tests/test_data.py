@@ -9,9 +9,9 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import fuzz
 import pytest
 import torch
+from helpers import POINTER, data_options, t5_like
 
 import data
 import metrics
@@ -28,7 +28,7 @@ for flag, words in RED_FLAGS.items():
 @cache
 def triage(voice: str = "llm", **changes: object) -> data.Dataset:
     changes = {"rationales": voice, "stage1_rationales": voice} | changes
-    return data.load_data(fuzz.options(**changes))
+    return data.load_data(data_options(**changes))
 
 
 def everything(dataset: data.Dataset) -> list[Example]:
@@ -248,7 +248,7 @@ NASTY = {"question": 'A "q",\nof 2 lines, é 日本 \u2028 x', "label": "a, b", 
 def load(path: Path, content: str = "", **changes: object) -> data.Dataset:
     if content:
         path.write_bytes(content.encode())
-    return data.load_data(fuzz.options(data=str(path), **changes))
+    return data.load_data(data_options(data=str(path), **changes))
 
 
 def as_jsonl(records: list[dict]) -> str:
@@ -356,11 +356,6 @@ def test_bad_files_are_refused(tmp_path, name, content, message):
     assert str(caught.value).startswith(str(tmp_path / name))
 
 
-def test_fuzz_finds_nothing(tmp_path):
-    """Catches what the readers do with damaged files, by a few of the inputs of fuzz.py."""
-    assert fuzz.main(["--n", "500", "--seed", "1", "--save", str(tmp_path)]) == 0
-
-
 # ---- A look at the data before training.
 @cache
 def tokenizer() -> Tokenizer:
@@ -369,9 +364,9 @@ def tokenizer() -> Tokenizer:
 
 
 @cache
-def t5_like() -> Tokenizer:
+def lossy() -> Tokenizer:
     texts = [f"{e.question} EXYqxé 0123456789 :,?" for e in triage().train]
-    return Tokenizer(fuzz.t5_like(texts, 250, character_coverage=1))
+    return Tokenizer(t5_like(texts, 250, character_coverage=1))
 
 
 def looked(max_source: int = 64, max_target: int = 64, **more: list[tuple]) -> list[str]:
@@ -380,7 +375,7 @@ def looked(max_source: int = 64, max_target: int = 64, **more: list[tuple]) -> l
     for name, examples in more.items():
         getattr(dataset, name).extend([Example(*fields) for fields in examples])
     dataset.labels = list(dict.fromkeys(example.label for example in everything(dataset)))
-    return data.look(dataset, t5_like(), max_source, max_target).split("\n")
+    return data.look(dataset, lossy(), max_source, max_target).split("\n")
 
 
 LOOKS = [  # what is added to which split, and the warning
@@ -419,7 +414,7 @@ def test_a_look_counts_what_is_cut():
     """Catches a limit whose cuts are reported of one text alone, or one token early or late."""
     question, rationale = "cough " * 20, "fever " * 20
     prompt = f"given label: no, explain: {question}"
-    n, m = [len(ids) + 1 for ids in t5_like().processor.encode([prompt, rationale])]
+    n, m = [len(ids) + 1 for ids in lossy().processor.encode([prompt, rationale])]
     more = {"test": [(question, "no", rationale)]}
     assert len(looked(n, m, **more)) == 2
     prompts, rationales = looked(n - 1, m, **more)[2], looked(n, m - 1, **more)[2]
@@ -455,8 +450,8 @@ def test_tokenizer_trains_on_odd_data_and_is_loaded_again(tmp_path, texts):
 def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     """Catches SentencePiece's own error, a message without the file or the way to the right one."""
     path = tmp_path / "spiece.model"
-    swapped = fuzz.t5_like(["a b"] * 9, 7, pad_id=1, eos_id=0)
-    for content in (None, b"", b"no model", fuzz.POINTER, swapped):
+    swapped = t5_like(["a b"] * 9, 7, pad_id=1, eos_id=0)
+    for content in (None, b"", b"no model", POINTER, swapped):
         if content is not None:
             path.write_bytes(content)
         with pytest.raises(data.InputError, match=r"spiece.model: .*of a T5, .*git lfs pull"):
@@ -486,7 +481,7 @@ def test_labels_that_would_be_lost_are_refused():
     for label in ("<5", "α", "a\nb", "go  home", "\u200b"):
         assert tokenizer().longest([label], 64) > 1
         with pytest.raises(data.InputError, match=r"character.*rename") as caught:
-            t5_like().longest(["yes", label], 64)
+            lossy().longest(["yes", label], 64)
         assert repr(label) in str(caught.value)
 
 

@@ -6,9 +6,9 @@ import runpy
 import sys
 from pathlib import Path
 
-import fuzz
 import pytest
 import torch
+from helpers import POINTER, t5_like
 from torch import Tensor, nn
 
 import data
@@ -27,7 +27,7 @@ V11 = {"feed_forward_proj": "gated-gelu", "num_decoder_layers": 3, "tie_word_emb
 V11 = V10 | V11
 SAVED_AGAIN = {"tie_word_embeddings": True, "scale_decoder_outputs": False}  # by transformers 5
 LETTERS = [chr(0x4E00 + i) for i in range(150)]
-PIECES = fuzz.t5_like(["yes no a cough and fever"] * 9, 20)
+PIECES = t5_like(["yes no a cough and fever"] * 9, 20)
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
@@ -213,7 +213,7 @@ def test_another_kind_of_model_is_refused(tmp_path):
             refusal(write_t5(tmp_path, weights, V11 | {key: value}))
         config = {name: value for name, value in V11.items() if name != key}
         assert repr(key) in refusal(write_t5(tmp_path, weights, config))
-    (write_t5(tmp_path, weights) / "spiece.model").write_bytes(fuzz.t5_like(LETTERS, 154))
+    (write_t5(tmp_path, weights) / "spiece.model").write_bytes(t5_like(LETTERS, 154))
     with pytest.raises(data.InputError, match=r"spiece.model has more pieces .* give"):
         r2d.load_init(tmp_path, 0.0)  # ids without an embedding
 
@@ -254,7 +254,7 @@ def test_damaged_weights_are_refused(tmp_path, name):
     file = write(tmp_path, random_weights()) / name
     content = file.read_bytes()
     parts = [content[:n] for n in (0, 4, 100, len(content) // 2, len(content) - 1)]
-    for damaged in (*parts, fuzz.POINTER, b"<html>\nfile not found\n</html>\n" * 20):
+    for damaged in (*parts, POINTER, b"<html>\nfile not found\n</html>\n" * 20):
         file.write_bytes(damaged)
         refusal(tmp_path)
 
