@@ -39,8 +39,9 @@ def read_run(folder: Path) -> tuple[dict, dict]:
         row["rationale"] = row["rationale_given_flipped"] = text  # where add_verdicts looks
     r2d.add_verdicts(run, rows)
     name, colour, marker = draw.METHODS[draw.item_of(vars(o))]
-    shown = {"name": f"{draw.SYMBOLS[marker]} {name} ({folder.name})", "colour": colour}
-    shown |= {"predicted": r2d.predict_labels(run, questions), "sentences": " ".join(sentences)}
+    shown = {"name": f"{draw.SYMBOLS[marker]} {folder.resolve().name}", "colour": colour}
+    shown |= {"method": name, "sentences": " ".join(sentences)}
+    shown["predicted"] = r2d.predict_labels(run, questions)
     shown["answers"] = [[row.get(key) for key in KEYS] for row in rows]
     return {"labels": labels, "questions": questions, "gold": gold}, shown
 
@@ -78,7 +79,7 @@ div { display: grid; gap: 0.7rem; grid-template-columns: repeat(auto-fit, minmax
 #runs { grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)) }
 article, blockquote { margin: 0; padding: 0 1rem; border: 2px solid }
 [aria-pressed=true] { background: CanvasText; color: Canvas }
-[aria-live] { min-height: 4.5em }
+[aria-live] { min-height: 3em }
 </style>
 <h1>Flip the label, watch the rationale</h1>
 <p>You choose the label in the prompt, the models explain it. <mark>Marked</mark>: words that their
@@ -96,7 +97,6 @@ const add = (parent, tag, more) =>
 const kinds = labels.length > 8 ? ["select", "option"] : ["div", "button"];
 const list = add(get("section"), kinds[0], { ariaLabel: "Label in the prompt" });
 let note, label;
-
 function show(newNote, newLabel) {
   [note, label] = [newNote, newLabel];
   get("#place").textContent = `Note ${note + 1} of ${questions.length}`;
@@ -117,7 +117,7 @@ function show(newNote, newLabel) {
       add(run.text, own.includes(word) ? "span" : "mark", { textContent: word }).after(" ");
     }
     run.verdict.textContent = `Argues for: ${argues ?? "no label"}.`;
-    if (ungrounded?.length) run.verdict.append(` The note does not say: ${ungrounded.join(", ")}.`);
+    if (ungrounded?.length) run.verdict.append(` Not from the note: ${ungrounded.join(", ")}.`);
   }
 }
 
@@ -133,7 +133,7 @@ labels.forEach((_, i) => add(list, kinds[1], { onclick: () => show(note, i) }));
 list.onchange = () => show(note, list.selectedIndex);
 for (const run of runs) {
   const card = add(get("#runs"), "article", { style: `border-color: ${run.colour}` });
-  add(card, "h3", { textContent: run.name });
+  add(card, "h3", { textContent: `${run.name}: ${run.method}` });
   run.text = add(card, "p", { ariaLive: "polite", dir: "auto" });
   run.verdict = add(card, "p", { ariaLive: "polite" });
   add(card, "p", { textContent: `All test notes: ${run.sentences}` });
