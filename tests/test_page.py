@@ -16,6 +16,7 @@ from helpers import ROOT, lines, read
 from test_r2d import TINY
 from test_scripts import refusal, status
 
+import data
 import r2d
 
 sys.path.insert(0, str(ROOT / "notebooks"))
@@ -68,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_page_holds_what_the_runs_say(folder: Path) -> None:
+def test_page_holds_what_the_runs_say(folder: Path, monkeypatch) -> None:
     """Catches a text under another label, note or run, and another verdict than the run's own."""
     out = folder / "page.html"
     assert status(page.main, folder / "a", folder / "b", out) == 0
@@ -87,6 +88,13 @@ def test_page_holds_what_the_runs_say(folder: Path) -> None:
                 assert run["answers"][labels.index(row[key]) * len(rows) + i] == own
         following = read(folder / name / "metrics.json")["exposure"]["following"]
         assert f"Given a flipped label, {following:.1f} % of the rationales" in run["sentences"]
+    monkeypatch.setattr(r2d, "generate_texts", lambda run, prompts, limit: prompts)
+    assert status(page.main, folder / "a", out) == 0
+    answers = iter(content(out)["runs"][0]["answers"])
+    for label in labels:
+        for question in found["questions"]:
+            prompt = f"given label: {label}, explain: {question}"
+            assert next(answers) == [prompt, label, data.ungrounded(prompt, question)]
 
 
 def test_many_labels_leave_fewer_notes(folder: Path, monkeypatch) -> None:
@@ -110,8 +118,8 @@ def test_no_text_ends_the_script(tmp_path: Path, monkeypatch) -> None:
     assert content(tmp_path / "page.html") == made
 
 
-def test_bad_input_ends_in_one_line_without_a_page(folder: Path, tmp_path: Path, capsys) -> None:
-    """Catches a traceback, a page of runs that differ, and a run's folder taken for the page."""
+def test_bad_input_ends_in_one_line(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Catches a traceback, a page of runs that differ, and a run overwritten by the page."""
     a, out = folder / "a", tmp_path / "page.html"
     unfinished = Path(shutil.copytree(a, tmp_path / "unfinished"))
     (unfinished / "stage2.pt").unlink()
@@ -120,9 +128,10 @@ def test_bad_input_ends_in_one_line_without_a_page(folder: Path, tmp_path: Path,
     wrong = [folder / "nix", folder / "sft", folder / "seed", folder / "many", unfinished, damaged]
     for run in wrong:
         assert run.name in refusal(capsys, page.main, a, run, out)
-    assert "b" in refusal(capsys, page.main, a, folder / "b")
-    assert "nix" in refusal(capsys, page.main, a, tmp_path / "nix" / "page.html")
     assert not out.exists()
+    monkeypatch.setattr(page, "read_run", None)  # what follows ends before a run is read
+    for target in (folder / "b", a / "stage2.pt", tmp_path / "nix" / "page.html"):
+        assert str(target) in refusal(capsys, page.main, a, target)
 
 
 # ---- In a browser
