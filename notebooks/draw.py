@@ -49,9 +49,10 @@ def styles(items: Iterable[str]) -> dict[str, tuple[str, str, str]]:
     free = [METHODS[method] for method in METHODS if method not in items]
     found = {}
     for item in items:
-        found[item] = METHODS.get(item)
-        if item not in METHODS:
-            _, colour, marker = free.pop() if free else (item, "#7F7F7F", ".")
+        if item in METHODS:
+            found[item] = METHODS[item]
+        else:
+            _, colour, marker = free.pop() if free else METHODS["r2d"]
             found[item] = (item, colour, marker)
     return found
 

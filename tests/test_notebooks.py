@@ -103,6 +103,12 @@ def test_they_open_in_colab(path: Path, tmp_path: Path) -> None:
         assert subprocess.check_output(code, cwd=tmp_path, text=True).strip() == place
 
 
+def test_colours_are_those_of_draw() -> None:
+    """Catches a method that has another colour in one notebook than in the next."""
+    own = "\n".join([source(nbformat.read(path, 4)) for path in NOTEBOOKS])
+    assert "draw.METHODS" in own and not re.search("#[0-9A-F]{6}|colors?=.?(C[0-9]|tab:)", own)
+
+
 @pytest.mark.parametrize("command", re.findall(r"^python r2d\.py (.*)", USAGE, re.M))
 def test_every_command_of_usage_has_options_that_exist(command: str, tmp_path: Path) -> None:
     """Catches an option that left."""
