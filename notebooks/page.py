@@ -17,7 +17,7 @@ import metrics
 import r2d
 from data import InputError, columns, reading, write_file
 
-TEXTS = 1000  # of a run: more than five labels leave fewer than 200 notes
+TEXTS = 1000  # of a run, about: more than five labels leave fewer than 200 notes
 KEYS = ["rationale_given_flipped", "argues_given_flipped", "ungrounded_given_flipped"]
 
 
@@ -109,14 +109,14 @@ function show(newNote, newLabel) {
   });
   list.selectedIndex = label;
   for (const run of runs) {
-    const answer = (i) => run.answers[i * questions.length + note];
+    const answer = (i) => run.answers[i * questions.length + note];  // under label i
     const [text, argues, ungrounded] = answer(label);
     const own = (answer(labels.indexOf(run.predicted[note]))?.[0] ?? text).split(" ");
     run.text.textContent = "";
     for (const word of text.split(" ")) {
       add(run.text, own.includes(word) ? "span" : "mark", { textContent: word }).after(" ");
     }
-    run.verdict.textContent = `Argues for: ${argues ?? "no label"}.`;
+    run.verdict.textContent = `Predicts ${run.predicted[note]}, argues for ${argues ?? "none"}.`;
     if (ungrounded?.length) run.verdict.append(` Not from the note: ${ungrounded.join(", ")}.`);
   }
 }

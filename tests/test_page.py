@@ -185,15 +185,15 @@ def test_every_label_shows_its_texts(visit) -> None:
         buttons.nth(i).click()
         pressed = [button.get_attribute("aria-pressed") for button in buttons.all()]
         assert pressed == [str(k == i).lower() for k in range(3)]
-        said = f"Argues for: {label}. Not from the note: made up."
-        nothing = "Argues for: no label. Not from the note: made up."
+        said = f"Predicts one, argues for {label}. Not from the note: made up."
+        nothing = "Predicts one, argues for none. Not from the note: made up."
         assert shown(tab) == [(f"first text {label}", said), ("first text", nothing)]
         assert tab.locator("article mark").all_inner_texts() == ([] if label == "one" else [label])
 
 
 def test_notes_are_found(visit) -> None:
     """Catches a search, a `next` or a `wrong` that goes nowhere, ends, or forgets the label."""
-    tab, _ = visit(LABELS, ["apple", "pear", "apple pie", "plum"])
+    tab, _ = visit(LABELS, ["apple", "pear", "Apple pie", "plum"])
     place, note = tab.get_by_role("status"), tab.locator("#note")
     tab.get_by_role("button", name="two").click()
     for number in (2, 3, 4, 1):
@@ -206,7 +206,7 @@ def test_notes_are_found(visit) -> None:
         assert place.inner_text() == f"Note {number} of 4"
     search = tab.get_by_role("searchbox", name="Search")
     search.fill("APPLE")
-    assert note.inner_text() == "note 2 apple pie"
+    assert note.inner_text() == "note 2 Apple pie"
     tab.get_by_role("button", name="Next note").click()
     assert note.inner_text() == "note 0 apple"
     search.fill("cherry")
