@@ -1,6 +1,6 @@
 """The page of notebooks/page.py, read as a file and used in a browser.
 
-    python tests/test_page.py page.html page.png
+    PYTHONPATH=. python tests/test_page.py page.html page.png
 
 takes a picture of a page. Needs Chromium and playwright; without them those tests are skipped.
 """
@@ -22,7 +22,7 @@ import r2d
 sys.path.insert(0, str(ROOT / "notebooks"))
 import page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 BAD = "</script><script>document.title = 'bad'</script><img src=x onerror=alert(1)>"
 TEXTS = [BAD, "\"double\" 'single' `back` ${1} \\n &amp;", "🚑 call \u2028 it", "שלום עולם abc"]
 
