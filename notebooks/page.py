@@ -79,14 +79,14 @@ div { display: grid; gap: 0.7rem; grid-template-columns: repeat(auto-fit, minmax
 #runs { grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)) }
 article, blockquote { margin: 0; padding: 0 1rem; border: 2px solid }
 [aria-pressed=true] { background: CanvasText; color: Canvas }
-[aria-live] { min-height: 3em }
+article [aria-live] { min-height: 3em }
 </style>
 <h1>Flip the label, watch the rationale</h1>
 <p>You choose the label in the prompt, the models explain it. <mark>Marked</mark>: words that their
 text under the predicted label does not have. Flipped: a wrong label that is not predicted.</p>
 <label>Search <input id="search" type="search"></label> <button id="next">Next note</button>
 <button id="wrong">Next that a model gets wrong</button>
-<h2 id="place" role="status"></h2><blockquote><p id="note" dir="auto"></p></blockquote>
+<h2 id="place" aria-live="polite"></h2><blockquote><p id="note" dir="auto"></p></blockquote>
 <h2 id="choice">Label in the prompt</h2><section role="group" aria-labelledby="choice"></section>
 <h2>Rationales</h2><div id="runs"></div>
 <script>
