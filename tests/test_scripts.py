@@ -227,9 +227,11 @@ def test_one_style_per_method(compared: Path) -> None:
     for column in zip(*draw.METHODS.values(), strict=True):
         assert len(set(column)) == len(draw.METHODS)
     assert all(marker in draw.SYMBOLS for _, _, marker in draw.METHODS.values())
-    items = ["r2d,alpha=0.5", "r2d", "dss", "r2d,alpha=0.6"]
+    first, *_, last = draw.METHODS
+    items = ["r2d,alpha=0.5", first, last, "r2d,alpha=0.6"]
     styles = draw.styles(items)
-    assert [styles[item][0] for item in items] == [items[0], "scheduled sampling", "DSS", items[3]]
+    names = [items[0], draw.METHODS[first][0], draw.METHODS[last][0], items[3]]
+    assert [styles[item][0] for item in items] == names
     assert len({styles[item][1] for item in items}) == 4
     assert len(draw.styles([str(i) for i in range(20)])) == 20
     found = [draw.item_of(read(compared / folder / "config.json")) for folder in FOLDERS]
