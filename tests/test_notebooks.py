@@ -9,6 +9,8 @@ import hashlib
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,34 @@ def test_they_redefine_nothing_of_the_core() -> None:
     own = "\n".join([source(nbformat.read(path, 4)) for path in NOTEBOOKS])
     names = [set(re.findall(r"^(?:def|class) (\w+)", text, re.M)) for text in (core, own)]
     assert len(NOTEBOOKS) == 4 and names[0] and names[1] and not names[0] & names[1]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_they_open_in_colab(path: Path, tmp_path: Path) -> None:
+    """Catches a first cell that does not fetch or install, and one that does so elsewhere."""
+    if not shutil.which("git"):
+        pytest.skip("needs git")
+    repository = tmp_path / "repository"
+    shutil.copytree(path.parent, repository / "notebooks", ignore=shutil.ignore_patterns("runs"))
+    for file in [*CORE, ROOT / "requirements.txt"]:
+        shutil.copy(file, repository)
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x", "-C", str(repository)]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True)
+    first = code_cells(nbformat.read(path, 4))[0].source
+    assert first.count('REPOSITORY = ""') == 1
+    cell = first.replace('REPOSITORY = ""', f"REPOSITORY = {str(repository)!r}")
+    after = "\nimport pathlib; print(pathlib.Path.cwd().name, pathlib.Path('../r2d.py').exists())"
+    colab = "import sys, types; sys.modules['google.colab'] = types.ModuleType('colab')\n"
+    for before, place in (("", f"{tmp_path.name} False"), (colab, "notebooks True")):
+        code = [sys.executable, "-c", before + cell + after]
+        assert subprocess.check_output(code, cwd=tmp_path, text=True).strip() == place
+
+
+def test_colours_are_those_of_draw() -> None:
+    """Catches a method that has another colour in one notebook than in the next."""
+    own = "\n".join([source(nbformat.read(path, 4)) for path in NOTEBOOKS])
+    assert "draw.METHODS" in own and not re.search("#[0-9A-F]{6}|colors?=.?(C[0-9]|tab:)", own)
 
 
 @pytest.mark.parametrize("command", re.findall(r"^python r2d\.py (.*)", USAGE, re.M))

@@ -251,6 +251,23 @@ def test_pictures_show_the_numbers(copy: Path) -> None:
         pictures[source] = out.read_bytes()
 
 
+def test_one_style_per_method(compared: Path) -> None:
+    """Catches two methods of one colour or marker, an item of one's own that looks like another,
+    and a run drawn as another method."""
+    for column in zip(*draw.METHODS.values(), strict=True):
+        assert len(set(column)) == len(draw.METHODS)
+    assert all(marker in draw.SYMBOLS for _, _, marker in draw.METHODS.values())
+    first, *_, last = draw.METHODS
+    items = ["r2d,alpha=0.5", first, last, "r2d,alpha=0.6"]
+    styles = draw.styles(items)
+    names = [items[0], draw.METHODS[first][0], draw.METHODS[last][0], items[3]]
+    assert [styles[item][0] for item in items] == names
+    assert len({styles[item][1] for item in items}) == 4
+    assert len(draw.styles([str(i) for i in range(20)])) == 20
+    found = [draw.item_of(read(compared / folder / "config.json")) for folder in FOLDERS]
+    assert found == ["sft", "dss", "r2d", "r2d,no-stage1,schedule=none"]
+
+
 def test_bad_files_end_in_one_line_and_nothing_is_written(copy: Path, capsys) -> None:
     """Catches a traceback from a damaged file, a table without the run, an empty picture."""
     table = (copy / "compare.json").read_bytes()
