@@ -146,7 +146,7 @@ def draw(rows: list[dict], picture: str) -> None:
     titles["bleu_predicted"] = "BLEU, predicted label"
     fig, axes = plt.subplots(1, 3, figsize=(8, 3), sharex=True, layout="constrained")
     for ax, (key, title) in zip(axes, titles.items(), strict=True):
-        for who, colour, marker in [("ours", "#0072B2", "o"), ("peer", "#D55E00", "s")]:
+        for who, colour, marker in [("ours", "#0072B2", "s"), ("peer", "#7F7F7F", "o")]:
             for seed in sorted({row["seed"] for row in rows}):
                 mine = [row for row in rows if (row["who"], row["seed"]) == (who, seed)]
                 x = [row["seconds"] for row in mine]
@@ -155,6 +155,11 @@ def draw(rows: list[dict], picture: str) -> None:
                 ax.plot(x, y, color=colour, marker=marker, markersize=3, linewidth=1, label=label)
         ax.set(title=title, xlabel="seconds", xlim=(0, None), ylim=(0, 100))
     axes[0].legend(loc="lower right")
+    ends = {}
+    for who in ("ours", "peer"):
+        last = [row for row in rows if row["who"] == who and row["seed"] == rows[0]["seed"]][-1]
+        ends[who] = "{macro_f1:.0f} after {seconds:.0f} s".format(**last)
+    fig.suptitle("macro-F1: ours {ours}, transformers T5 {peer}".format(**ends))
     fig.savefig(picture, dpi=150)
 
 

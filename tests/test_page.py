@@ -296,8 +296,12 @@ if __name__ == "__main__":
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 900, "height": 500})
+        tab = browser.new_page(viewport={"width": 860, "height": 1200})
         tab.goto(Path(sys.argv[1]).resolve().as_uri())
         tab.get_by_role("searchbox").fill("describes coughing up blood")  # the models differ on it
         tab.get_by_role("button", name="home care").click()
-        tab.screenshot(path=sys.argv[2], full_page=True)
+        top = tab.locator("#place").bounding_box()["y"] - 10  # from the note on
+        bottom = tab.get_by_role("article").last.bounding_box()
+        height = bottom["y"] + bottom["height"] - top + 10
+        clip = {"x": 0, "y": top, "width": 860, "height": height}
+        tab.screenshot(path=sys.argv[2], clip=clip)
