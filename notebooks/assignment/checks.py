@@ -163,7 +163,7 @@ def coin_form(student: types.ModuleType, rng: random.Random) -> None:
 
 @check("flip_coins", 2, "True with probability p")
 def coin_share(student: types.ModuleType, rng: random.Random) -> None:
-    calls = 3000  # with one example each, so that the coins of a batch do not matter here
+    calls = 1500  # with one example each, so that the coins of a batch do not matter here
     for p in (0.0, 0.11, 0.9, 1.0, rng.uniform(0.2, 0.45)):
         batches = coins_of(student, 1, p, rng.randrange(10**6), calls)
         share = sum(batch[0] for batch in batches) / calls
@@ -340,7 +340,7 @@ def loss_rationales(student: types.ModuleType, rng: random.Random) -> None:
     allowed = [wanted]
     try:  # a mistake in explain_prompts costs points there, and not here again
         allowed.append(student.explain_prompts(list(OTHERS), list(QUESTIONS)))
-    except NotImplementedError:
+    except Exception:
         pass
     Loss(student, OTHERS, 0.7).task_is(allowed, RATIONALES, rationales=True)
 

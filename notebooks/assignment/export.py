@@ -142,19 +142,26 @@ CHANGE = {
         '["linear", "exponential", "inverse-sigmoid", "none"]': '["linear", "none"]',
         "; linear: cap * ramp": "",
     },
-    "model.py": {"from torch import Tensor, nn\n": "from torch import Tensor, nn\n\nimport method\n"},
+    "model.py": {
+        "from torch import Tensor, nn\n": "from torch import Tensor, nn\n\nimport method\n"
+    },
     "metrics.py": {
         "import numpy as np\n": "import numpy as np\n\nimport method\n",
         "bootstrap(": "value_of(",
         "; ± is half of a 95 % interval": "",
     },
     "data.py": {
-        "import torch\nfrom": "import torch\nimport method\nfrom",
+        "import pad_sequence\n": "import pad_sequence\n\nimport method\n",
         'f"given label: {example.label}, explain: {example.question}"': (
             "method.explain_prompts([example.label], [example.question])[0]"
         ),
     },
-    "verify.py": {"import r2d\n": "import r2d\nfrom method import dose, error_by_position\n"},
+    "verify.py": {
+        "sys.path.append(str(Path(__file__).resolve().parent.parent.parent))  # where the core is\n": "",
+        "from data import InputError, reading\n": (
+            "from data import InputError, reading\nfrom method import dose, error_by_position\n"
+        ),
+    },
 }
 COPIED = ["README.md", "method.py", "grade.py", "checks.py", "experiment.py"]
 

@@ -27,7 +27,8 @@ HERE = Path(__file__).resolve().parent
 SECONDS = 10  # for the checks of one function; right ones take less than one
 GIBIBYTES = 2  # of memory beside torch's own; Linux alone
 MEGABYTES = 16  # of a file that the graded code writes; Linux and macOS
-PACKAGES = {"torch", "numpy"}  # what gradescope/setup.sh installs
+TOTAL = 70
+PACKAGES = {"torch", "numpy"}  # what graded code may import beside Python's own library
 
 
 def load(path: Path) -> types.ModuleType:
@@ -57,19 +58,22 @@ def set_limits() -> None:
 
 
 def child(path: Path, seed: int, functions: list[str]) -> None:
-    """Check some functions of a file; print for each a line of JSON, its name and its hints."""
+    """Check some functions of a file, or all. Prints a line of JSON with all checks, and then for
+    each function one with its hints."""
     import torch
     from checks import CHECKS, hint_of
 
     torch.set_num_threads(1)
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    table = [[one.function, one.concept, one.points] for one in CHECKS]
+    print(json.dumps(["checks", table]), file=results, flush=True)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # what the graded code prints
     set_limits()
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     student = load(path)  # an error here ends the child, and its last line is the report
     os.dup2(nowhere, 2)
-    for function in functions:
+    for function in functions or dict.fromkeys(one.function for one in CHECKS):
         faulthandler.dump_traceback_later(SECONDS, exit=True)  # ends the process; starts anew here
         hints = {}
         for one in CHECKS:
@@ -79,11 +83,14 @@ def child(path: Path, seed: int, functions: list[str]) -> None:
     os._exit(0)  # without waiting for threads of the graded code
 
 
-def results_of(path: Path, seed: int, functions: list[str]) -> dict[str, dict[str, str]]:
-    """What a child says of these functions; those after one that ended the child are missing."""
+def results_of(path: Path, seed: int, functions: list[str]) -> dict:
+    """What a child printed: the checks, and the hints of the functions before one that ended it.
+
+    Raises ValueError if the file cannot be loaded.
+    """
     command = [sys.executable, HERE / "grade.py", path.resolve(), "--seed", seed, "--child"]
     command += functions
-    longest = 60 + SECONDS * len(functions)  # 60 to start torch on a busy machine
+    longest = 60 + SECONDS * 15  # 60 to start torch on a busy machine
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         process = subprocess.Popen(
             list(map(str, command)),
@@ -99,12 +106,9 @@ def results_of(path: Path, seed: int, functions: list[str]) -> dict[str, dict[st
             output, errors = process.communicate()
     results = {}
     for line in output.decode(errors="replace").splitlines():
-        try:
-            function, hints = json.loads(line)
-        except ValueError:
-            continue  # printed by the graded code
-        results[function] = hints
-    if not results and errors:  # the file could not be loaded
+        name, value = json.loads(line)
+        results[name] = value
+    if len(results) < 2 and errors:
         raise ValueError(errors.decode(errors="replace").strip().splitlines()[-1])
     return results
 
@@ -130,38 +134,33 @@ def missing_packages(source: str) -> list[str]:
 
 def grade(path: Path, seed: int) -> dict:
     """The report on a file: points, and for each function its points and its failed checks."""
-    from checks import CHECKS
-
-    functions = list(dict.fromkeys(one.function for one in CHECKS))
-    results: dict[str, dict[str, str]] = {}
+    results: dict = {}
     trouble = ""
     try:
         found = missing_packages(path.read_text(encoding="utf-8-sig"))
         if found:
             raise ValueError("; ".join(found))
-        left = functions
-        while left:
-            results |= results_of(path, seed, left)
-            left = [function for function in left if function not in results]
-            if left:  # the first of these ended the child: the next child begins after it
-                results[left.pop(0)] = {}
-    except (OSError, ValueError, SyntaxError) as error:
+        results = results_of(path, seed, [])
+        functions = list(dict.fromkeys(function for function, _, _ in results["checks"]))
+        left = [function for function in functions if function not in results]
+        while left:  # the first of these ended the child: the next child begins after it
+            results[left.pop(0)] = {}
+            if left:
+                results |= results_of(path, seed, left)
+            left = [function for function in functions if function not in results]
+    except (OSError, ValueError, SyntaxError, KeyError) as error:
         trouble = f"the file cannot be graded: {' '.join(str(error).split())[:300]}"
-    report = {"file": str(path), "points": 0, "of": 0, "trouble": trouble, "functions": {}}
-    for function in functions:
-        one = {"points": 0, "of": 0, "failed": []}
-        stopped = f"ended its process, or took more than {SECONDS} seconds"
-        for each in CHECKS:
-            if each.function == function:
-                hint = results.get(function, {}).get(each.concept, stopped)
-                one["of"] += each.points
-                if not trouble and not hint:
-                    one["points"] += each.points
-                elif not trouble:
-                    one["failed"].append(f"{each.concept} ({each.points}): {hint}")
-        report["functions"][function] = one
-        report["points"] += one["points"]
-        report["of"] += one["of"]
+    report = {"file": str(path), "points": 0, "trouble": trouble, "functions": {}}
+    stopped = f"ended its process, or took more than {SECONDS} seconds"
+    for function, concept, points in results.get("checks", []):
+        one = report["functions"].setdefault(function, {"points": 0, "of": 0, "failed": []})
+        hint = results[function].get(concept, stopped)
+        one["of"] += points
+        if hint:
+            one["failed"].append(f"{concept} ({points}): {hint}")
+        else:
+            one["points"] += points
+            report["points"] += points
     return report
 
 
@@ -175,7 +174,7 @@ def as_text(report: dict) -> str:
         for failed in one["failed"]:
             if not failed.endswith("not written yet"):
                 lines.append(f"    {failed}")
-    lines.append(f"{'total':24}{report['points']:3} of {report['of']}")
+    lines.append(f"{'total':24}{report['points']:3} of {TOTAL}")
     lines.append(report["trouble"])
     return "\n".join(lines).strip().encode("ascii", "replace").decode()
 
@@ -184,7 +183,7 @@ def as_gradescope(report: dict) -> dict:
     """What Gradescope reads from results.json."""
     tests = []
     for function, one in report["functions"].items():
-        text = "\n".join(one["failed"]) or report["trouble"] or "all checks hold"
+        text = "\n".join(one["failed"]) or "all checks hold"
         score = {"score": one["points"], "max_score": one["of"]}
         tests.append({"name": function, "output": text, **score})
     return {"score": report["points"], "output": report["trouble"], "tests": tests}
@@ -202,11 +201,11 @@ def grade_class(folder: Path, target: Path, seed: int) -> None:
             for function, one in report["functions"].items():
                 row[function] = one["points"]
             rows.append(row | {"trouble": report["trouble"]})
-            print(f"{report['points']:3} of {report['of']}  {row['file']}", flush=True)
+            print(f"{report['points']:3} of {TOTAL}  {row['file']}", file=sys.stderr)
     if not rows:
         raise ValueError("no .py file, and no folder with one")
     with target.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, max(map(list, rows), key=len))
         writer.writeheader()
         writer.writerows(rows)
 
@@ -219,9 +218,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the drawn inputs (default 0)")
     parser.add_argument("--csv", type=Path, help="for a class: the table to write")
     parser.add_argument("--gradescope", type=Path, help="results.json to write")
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs="*", help=argparse.SUPPRESS)
     o = parser.parse_args()
-    if o.child:
+    if o.child is not None:
         child(o.path, o.seed, o.child)
     try:
         if o.csv:

@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path += [str(HERE.parent), str(HERE.parent.parent)]  # in the repository, where the core is
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent))  # where the core is
 import data
 import metrics
 import r2d
 from data import InputError, reading
 
+HERE = Path(__file__).resolve().parent
 OPTIONS = ["--override=0.3", "--stage1-notes=3000"]  # of all runs
 ITEMS = {
     "gold": ["--notes=300", "--schedule=none"],
