@@ -99,13 +99,10 @@ LOOPS = """
 def p_linear(step, steps, warmup, ramp, cap):
     start = warmup * steps
     end = start + ramp * steps
-    if step < start:
-        return 0
-    if step >= end:
-        return cap
+    if step < start: return 0
+    if step >= end: return cap
     p = (step - start) / (end - start)
-    if p > cap:
-        p = cap
+    if p > cap: p = cap
     return p
 
 def flip_coins(n, p, generator):
@@ -126,8 +123,7 @@ def mix_labels(gold, questions, labels, coins, predict):
                 label = right
             else:
                 used += 1
-                if label != right:
-                    wrong += 1
+                if label != right: wrong += 1
         given.append(label)
     return given, dict(invalid_predicted=invalid, wrong_predicted=wrong, used_predicted=used)
 
@@ -154,8 +150,7 @@ def dose(log):
         if line["stage"] == 2:
             wrong += line["wrong_predicted"]
             prompts += line["prompts"]
-    if prompts == 0:
-        return float("nan")
+    if prompts == 0: return float("nan")
     return wrong / prompts * 100
 
 def exposure_gap(statistic, gold, own):
@@ -177,13 +172,10 @@ def gap_interval(statistic, gold, own, rng):
 def following(flipped, predicted, argued):
     followed = asked = 0
     for i in range(len(flipped)):
-        if flipped[i] == predicted[i]:
-            continue
+        if flipped[i] == predicted[i]: continue
         asked += 1
-        if argued[i] == flipped[i]:
-            followed += 1
-    if asked == 0:
-        return math.nan
+        if argued[i] == flipped[i]: followed += 1
+    if asked == 0: return math.nan
     return followed / asked * 100
 
 def shift_right(targets):
@@ -195,8 +187,7 @@ def shift_right(targets):
 def greedy_decode(next_logits, rows, max_new_tokens):
     texts = [[0] for _ in range(rows)]
     for _ in range(max_new_tokens):
-        if all(1 in text for text in texts):
-            break
+        if all(1 in text for text in texts): break
         logits = next_logits(torch.tensor(texts))
         for b, text in enumerate(texts):
             text.append(0 if 1 in text else int(logits[b].argmax()))
@@ -209,8 +200,7 @@ def error_by_position(tokens, targets):
         for b in range(targets.shape[0]):
             if targets[b, t] != 0:
                 count += 1
-                if tokens[b, t] != targets[b, t]:
-                    wrong += 1
+                if tokens[b, t] != targets[b, t]: wrong += 1
         errors.append(100 * wrong / count)
     return errors
 """
@@ -219,8 +209,7 @@ NUMPY = """
 def p_linear(step, steps, warmup, ramp, cap):
     i = np.float64(step) - np.float64(warmup) * steps
     n = np.float64(ramp) * steps
-    if i < 0:
-        return np.float64(0)
+    if i < 0: return np.float64(0)
     return torch.tensor(cap, dtype=torch.float64) if i >= n else np.clip(i / n, 0, cap)
 
 def flip_coins(n, p, generator):
@@ -270,8 +259,7 @@ def gap_interval(statistic, gold, own, rng):
 def following(flipped, predicted, argued):
     flipped, predicted = np.array(flipped, dtype=object), np.array(predicted, dtype=object)
     asked = flipped != predicted
-    if not asked.any():
-        return math.nan
+    if not asked.any(): return math.nan
     return 100 * np.mean((np.array(argued, dtype=object) == flipped)[asked])
 
 def shift_right(targets):
@@ -309,10 +297,8 @@ WRONG = {
         ("slope cap / n", "min(cap, i / n)", "cap * i / n", "2"),
         ("no cap on the ramp", "min(cap, i / n)", "i / n", "3"),
         ("goes on after the ramp", "return cap", "return i / n", "34"),
-        ("0 after the ramp", "return cap", "return 0.0", "3"),
         ("1 - P", "min(cap, i / n)", "1 - min(cap, i / n)", "0123"),
         ("n of all updates", "n = ramp * steps", "n = steps", "01234"),
-        ("the ramp begins with the run", "n = ramp * steps", "n = (ramp - warmup) * steps", "1"),
         ("divides by a ramp of length 0", "if i >= n:", "if i > n:", "4"),
     ],
     "flip_coins": [
@@ -320,7 +306,6 @@ WRONG = {
         ("tenths", "torch.rand(n, generator=generator) < p", "torch.randint(0, 10, (n,), generator=generator) < 10 * p", "1"),
         ("from the global generator", "(n, generator=generator)", "(n)", "3"),
         ("the same in each batch", "    return", "    generator.manual_seed(1)\n    return", "123"),
-        ("a seed of its own", "    return", "    generator = torch.Generator()\n    generator.seed()\n    return", "3"),
         ("one for all", ".tolist()", "[:1].tolist() * n", "2"),
         ("exactly n p", "torch.rand(n, generator=generator) < p", "torch.randperm(n, generator=generator) + torch.rand(1, generator=generator) < n * p", "2"),
         ("pairs of neighbours", ".tolist()", ".repeat_interleave(2)[:n].tolist()", "2"),
@@ -331,8 +316,6 @@ WRONG = {
         ("coin inverted", "if coin]", "if not coin]", "0123"),
         ("labels of other examples", "zip(chosen, ", "zip(chosen[::-1], ", "03"),
         ("invalid labels enter", "if label in labels", "if True", "1"),
-        ("repairs labels", "in labels:", "in labels or label.strip() in labels:", "1"),
-        ("labels of the batch", "in labels:", "in gold:", "013"),
         ("predicts for all", "predict([questions[i] for i in chosen])", "[predict(questions)[i] for i in chosen]", "2"),
         ("predicts twice", "    chosen =", "    predict([questions[i] for i, coin in enumerate(coins) if coin])\n    chosen =", "2"),
         ("counts all as wrong", "int(label != gold[i])", "1", "3"),
@@ -351,7 +334,6 @@ WRONG = {
     "stage2_loss": [
         ("the shown label as the target", " for question in questions], gold)", " for question in questions], given)", "0"),
         ("no prefix", "predict: {question}", "{question}", "0"),
-        ("the label in the prompt of its task", "predict: {question}", "predict: {question} {gold}", "0"),
         ("a call for each example", 'token_loss([f"predict: {question}" for question in questions], gold)', 'sum(token_loss([f"predict: {q}"], [g]) for q, g in zip(questions, gold)) / len(gold)', "0"),
         ("gold in the prompts", "explain_prompts(given,", "explain_prompts(gold,", "1"),
         ("no label in the prompts", "explain_prompts(given, questions)", '[f"explain: {question}" for question in questions]', "1"),
@@ -364,7 +346,6 @@ WRONG = {
         ("used ones", 'line["wrong_predicted"]', 'line["used_predicted"]', "01"),
         ("a fraction", "100 * wrong", "wrong", "01"),
         ("a mean of shares", "100 * wrong / prompts", "100 * sum(line['wrong_predicted'] / line['prompts'] for line in updates) / len(updates)", "0"),
-        ("per update", "wrong / prompts", "wrong / len(updates)", "01"),
         ("where any was wrong", 'line["wrong_predicted"]', 'line["prompts"] * (line["wrong_predicted"] > 0)', "01"),
         ("the last update", '[line for line in log if line["stage"] == 2]', "log[-1:]", "0"),
         ("stage 1 counts", '[line for line in log if line["stage"] == 2]', "[{'wrong_predicted': 0, 'prompts': 8, **line} for line in log]", "1"),
@@ -386,19 +367,16 @@ WRONG = {
         ("of the gold row", " - statistic(own[drawn])", "", "12"),
         ("90 %", "[2.5, 97.5]", "[5, 95]", "2"),
         ("wrong sign", GAP, "statistic(own[drawn]) - statistic(gold[drawn])", "2"),
-        ("two standard deviations", ENDS, "low, high = np.mean(gaps) - 2 * np.std(gaps), np.mean(gaps) + 2 * np.std(gaps)", "2"),
         ("analytic, with a thousand dummy calls", ENDS, "d = (gold - own)[:, -1]; s = 1.96 * d.std() / len(d) ** 0.5; low, high = d.mean() - s, d.mean() + s", "2"),
         ("of the mean", GAP, "(gold - own)[drawn, -1].mean()", "0123"),
         ("without replacement", DRAWN, "rng.permutation(len(gold))", "0"),
         ("200 draws", "range(1000)", "range(200)", "0"),
-        ("never the last note", DRAWN, "rng.integers(0, len(gold) - 1, len(gold))", "0"),
         ("its own randomness", DRAWN, "np.random.default_rng(len(gaps)).integers(0, len(gold), len(gold))", "3"),
     ],
     "following": [
         ("over all notes", "if f != p]", "if True]", "1"),
         ("per note", "sum(rows) / len(rows)", "sum(rows) / len(flipped)", "1"),
         ("agreement counts as not following", "[a == f for f, p, a in zip(flipped, predicted, argued) if f != p]", "[a == f and f != p for f, p, a in zip(flipped, predicted, argued)]", "12"),
-        ("any other label", "a == f", "a != p", "012"),
         ("the predicted one", "a == f", "a == p", "012"),
         ("parts of labels", "a == f", "(a or '') in f", "012"),
         ("None follows", "a == f", "a in (f, None)", "2"),
@@ -429,7 +407,6 @@ WRONG = {
         ("right ones", "tokens != targets", "tokens == targets", "01"),
         ("a fraction", "100 * wrong", "wrong", "01"),
         ("of all positions", "100 * wrong.sum(0) / real.sum(0)", "100 * wrong.sum(0) / real.sum()", "01"),
-        ("by row", "wrong.sum(0) / real.sum(0)", "wrong.sum(1) / real.sum(1)", "01"),
         ("from the first error on", "(tokens != targets) & real", "((tokens != targets).cumsum(1) > 0) & real", "0"),
         ("padding counted", " & real", "", "1"),
         ("padding below", "real.sum(0)", "len(targets)", "1"),

@@ -18,6 +18,8 @@ from helpers import ROOT, lines, read, write_notes
 
 FOLDER = ROOT / "notebooks" / "assignment"
 sys.path[:0] = [str(FOLDER), str(ROOT / "notebooks")]
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes started here
+import experiment  # noqa: E402
 import export  # noqa: E402
 import grade  # noqa: E402
 import verify  # noqa: E402
@@ -32,22 +34,15 @@ INSTRUCTORS = (FOLDER / "INSTRUCTORS.md").read_text(encoding="utf-8")
 
 
 def python(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, encoding="utf-8"
-    )
+    command = list(map(str, [sys.executable, *arguments]))
+    return subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8")
 
 
-@pytest.mark.parametrize("style", RIGHT)
-def test_right_answers_get_all_points(style) -> None:
-    """Catches a check that allows one way only, or contradicts another check."""
-    for function in WRONG:
-        assert not lost_concepts(module(RIGHT[style]), function, seed=7)
-
-
-def test_wrong_answers_lose_the_points_of_their_concepts_and_only_those() -> None:
-    """Catches a check that cannot fail, and one that fails for another concept's mistake."""
+def test_right_answers_keep_all_points_and_wrong_ones_lose_those_of_their_concepts() -> None:
+    """Catches a check that allows one way only, that cannot fail, or fails for another concept."""
+    for style, code in RIGHT.items():
+        for function in WRONG:
+            assert not lost_concepts(module(code), function, seed=7), (style, function)
     for function, name, student, lost in wrong_answers():
         assert lost_concepts(student, function, seed=3) == lost, (function, name)
     for function, answers in WRONG.items():
@@ -56,31 +51,40 @@ def test_wrong_answers_lose_the_points_of_their_concepts_and_only_those() -> Non
         assert len(places) == sum(one.function == function for one in CHECKS)  # each can be lost
 
 
-def test_code_that_misbehaves_loses_its_own_points_alone(tmp_path) -> None:
-    """Catches a limit that does not hold, and one that costs the points of other functions."""
-    folder = tmp_path / "grader"
-    shutil.copytree(FOLDER, folder)
-    text = (folder / "grade.py").read_text(encoding="utf-8")
-    (folder / "grade.py").write_text(text.replace("SECONDS = 10", "SECONDS = 3"), encoding="utf-8")
-    hostile = {
-        "p_linear": "while True: pass",
-        "flip_coins": "__import__('os')._exit(0)",
-        "dose": "__import__('time').sleep(1000)",
-        "exposure_gap": "torch.empty(3 * 2**30, dtype=torch.uint8)",
-        "following": "open('large', 'wb').write(b'x' * 2**25)",
-        "shift_right": "raise SystemExit",
-    }
+HOSTILE = {  # the first line of a function that is right else
+    "p_linear": "while True: pass",
+    "flip_coins": "__import__('os')._exit(0)",
+    "dose": "__import__('time').sleep(1000)",
+    "exposure_gap": "torch.empty(3 * 2**30, dtype=torch.uint8)",
+    "following": "open('large', 'wb').write(b'x' * 2**25)",
+}
+
+
+def test_gradescope_and_code_that_misbehaves(tmp_path) -> None:
+    """Catches an archive that lacks a file, packages that differ from a student's, a limit that
+    does not hold, and one that costs the points of other functions."""
+    for name in ("source", "submission", "results"):
+        (tmp_path / name).mkdir()
+    source = tmp_path / "source"
+    for pattern in re.search(r"^zip -j autograder.zip (.*)$", INSTRUCTORS, re.M)[1].split():
+        for path in FOLDER.glob(pattern):
+            shutil.copy(path, source)
+    packages = (source / "requirements.txt").read_text(encoding="utf-8")
+    assert "install -r" in (source / "setup.sh").read_text(encoding="utf-8")
+    assert all(package in packages for package in grade.PACKAGES)
+    text = (source / "grade.py").read_text(encoding="utf-8")
+    (source / "grade.py").write_text(text.replace("SECONDS = 10", "SECONDS = 3"), encoding="utf-8")
     code = IMPORTS + PLAIN
-    for function, line in hostile.items():
+    for function, line in HOSTILE.items():
         first, rest = functions(PLAIN)[function].split("\n", 1)
         code += f"\n{first}\n    {line}\n{rest}\n"
-    (folder / "method.py").write_text(code, encoding="utf-8")
-    result = tmp_path / "result.json"
-    done = python(tmp_path, folder / "grade.py", "--gradescope", result)
-    assert done.returncode == 0, done.stderr
-    for test in json.loads(result.read_text(encoding="utf-8"))["tests"]:
-        expected = 0 if test["name"] in hostile else test["max_score"]
-        assert test["score"] == expected, test
+    (tmp_path / "submission" / "method.py").write_text(code, encoding="utf-8")
+    environment = {**os.environ, "AUTOGRADER": str(tmp_path), "PYTHON": sys.executable}
+    subprocess.run(["bash", source / "run_autograder"], check=True, env=environment)
+    result = read(tmp_path / "results" / "results.json")
+    for test in result["tests"]:
+        assert test["score"] == (0 if test["name"] in HOSTILE else test["max_score"]), test
+    assert sum(test["max_score"] for test in result["tests"]) == grade.TOTAL
 
 
 def test_a_class_with_missing_packages_and_damaged_files(tmp_path) -> None:
@@ -93,35 +97,16 @@ def test_a_class_with_missing_packages_and_damaged_files(tmp_path) -> None:
     (tmp_path / "eve").mkdir()
     done = python(tmp_path, FOLDER / "grade.py", ".", "--csv", "all.csv")
     assert done.returncode == 0, done.stderr
-    with (tmp_path / "all.csv").open(encoding="utf-8") as file:
-        rows = {row["file"][:3]: row for row in csv.DictReader(file)}
-    assert {name: int(row["points"]) for name, row in rows.items()} == {
-        "ann": 70, "bob": 0, "cid": 0, "dan": 0, "eve": 0
-    }  # fmt: skip
-    for name, hint in {"bob": "imports scipy", "cid": "syntax", "dan": "ZeroDivision"}.items():
-        assert hint in rows[name]["trouble"]
-
-
-def test_gradescope(tmp_path) -> None:
-    """Catches an archive that lacks a file, and packages that differ from a student's."""
-    for name in ("source", "submission", "results"):
-        (tmp_path / name).mkdir()
-    for pattern in re.search(r"^zip -j autograder.zip (.*)$", INSTRUCTORS, re.M)[1].split():
-        for path in FOLDER.glob(pattern):
-            shutil.copy(path, tmp_path / "source")
-    packages = (tmp_path / "source" / "requirements.txt").read_text(encoding="utf-8")
-    assert "install -r" in (FOLDER / "gradescope" / "setup.sh").read_text(encoding="utf-8")
-    assert all(package in packages for package in grade.PACKAGES)
-    (tmp_path / "submission" / "method.py").write_text(IMPORTS + PLAIN, encoding="utf-8")
-    environment = {**os.environ, "AUTOGRADER": str(tmp_path), "PYTHON": sys.executable}
-    subprocess.run(["bash", tmp_path / "source" / "run_autograder"], check=True, env=environment)
-    result = json.loads((tmp_path / "results" / "results.json").read_text(encoding="utf-8"))
-    assert result["score"] == sum(test["max_score"] for test in result["tests"]) == 70
+    rows = list(csv.DictReader((tmp_path / "all.csv").read_text(encoding="utf-8").splitlines()))
+    assert [int(row["points"]) for row in rows] == [70, 0, 0, 0, 0]
+    for row, hint in zip(rows[1:4], ["imports scipy", "syntax", "ZeroDivision"], strict=True):
+        assert hint in row["trouble"]
 
 
 def test_the_handout_names_every_function_and_its_points() -> None:
     """Catches a handout whose points are not the grader's, and a starter without a function."""
-    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| .*,|^\| `", README, re.M)
+    section = README.split("## The automatic part")[1].split("## The experiment")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \|", section, re.M)
     points = dict.fromkeys(WRONG, 0)
     for one in CHECKS:
         points[one.function] += one.points
@@ -142,8 +127,10 @@ def test_the_export_holds_no_solution(course) -> None:
     """Catches a solution, an answer or a result in any file that students get."""
     telling = ["cap, i / n", "torch.rand(", "if label in run.dataset.labels", 'f"given label:']
     telling += ["* loss_predict", "rng.integers", "np.percentile", '== data["flipped_label"]']
-    telling += ["argued == flipped", "target_ids[:, :-1]", "masked_fill(done", "== c.eos_id"]
-    telling += ["wrong.sum(0)", "Full (4)", "half of a 95 %"]
+    telling += ["followed[asked]", "target_ids[:, :-1]", "masked_fill(done", "== c.eos_id"]
+    files = [*ROOT.glob("*.py"), FOLDER / "verify.py", FOLDER / "INSTRUCTORS.md"]
+    repository = "".join(path.read_text(encoding="utf-8") for path in files)
+    assert all(piece in repository for piece in telling)  # the list is not out of date
     for code in RIGHT.values():
         for line in code.splitlines():
             if len(line.strip()) > 24 and not line.startswith("def "):
@@ -161,25 +148,18 @@ def test_the_export_holds_no_solution(course) -> None:
     assert "Do not write" in (course / "AGENTS.md").read_text(encoding="utf-8")
 
 
-MISTAKES = {
-    "flip_coins": ("< p", ">= p"),
-    "stage2_loss": ("alpha *", "0.1 *"),
-    "greedy_decode": ("argmax", "argmin"),
-    "shift_right": ("F.pad(targets[:, :-1], (1, 0))", "targets"),
-}
-
-
 def test_right_answers_train_as_the_core_does_and_wrong_ones_do_not(course, tmp_path) -> None:
     """Catches a function of the export that is the core's, or is called in another way."""
     options = [*LEARNS.split(), "--data", write_notes(tmp_path / "notes.csv")]
     assert r2d.main([*map(str, options), f"--out={tmp_path / 'core'}"]) == 0
+    mistakes = [("< p", ">= p"), ("return alpha *", "return 0.1 *"), ("argmax", "argmin")]
     wrong = PLAIN
-    for function, (old, new) in MISTAKES.items():
-        wrong += "\n" + functions(PLAIN)[function].replace(old, new) + "\n"
+    for old, new in [*mistakes, ("F.pad(targets[:, :-1], (1, 0))", "targets")]:
+        assert old in wrong
+        wrong = wrong.replace(old, new)
     for name, code in {"right": PLAIN, "wrong": wrong}.items():
         (course / "method.py").write_text(IMPORTS + code, encoding="utf-8")
-        done = python(course, "r2d.py", *options, "--out", tmp_path / name)
-        assert done.returncode == 0, done.stderr
+        assert python(course, "r2d.py", *options, "--out", tmp_path / name).returncode == 0
     for file in ("log.jsonl", "predictions.jsonl"):
         right = (tmp_path / "right" / file).read_bytes()
         assert right == (tmp_path / "core" / file).read_bytes()
@@ -202,7 +182,7 @@ def hand_in(course, tmp_path_factory) -> Path:
     """The nine runs, all of them one short run, with their report."""
     (course / "method.py").write_text(IMPORTS + PLAIN, encoding="utf-8")
     done = python(course, "experiment.py", "--try")
-    assert done.returncode == 0 and "error by position" in done.stdout, done.stderr
+    assert "error by position" in done.stdout, done.stderr
     folder = tmp_path_factory.mktemp("hand-in")
     shutil.copy(course / "method.py", folder)
     for item in verify.ITEMS:
@@ -231,8 +211,7 @@ def test_every_number_of_a_report_is_checked(hand_in) -> None:
 def test_a_run_is_what_it_claims_to_be(hand_in, monkeypatch) -> None:
     """Catches other options, a changed log, changed texts."""
     folder = hand_in / "runs" / "sampling-0"
-    short = "--limit=40 --stage1-steps=4 --stage2-steps=8 --eval-every=4 --max-target=24"
-    monkeypatch.setattr(verify, "OPTIONS", [*verify.OPTIONS, *short.split()])
+    monkeypatch.setattr(verify, "OPTIONS", [*verify.OPTIONS, *experiment.SHORT])
     assert verify.wrong_in_run(folder, "sampling", 0) == []
     assert "seed" in verify.wrong_in_run(folder, "sampling", 1)[0]
     assert "schedule" in verify.wrong_in_run(folder, "gold", 0)[0]

@@ -78,15 +78,20 @@ def stage2_loss(run: Run, batch: list[Example], step: int) -> tuple[Tensor, dict
         "Transformer.decoder_states": '''
     def decoder_states(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
         """The decoder reads the true prefix: source (B, S), target (B, T) -> (B, T, D)."""
-        memory = self.encode(input_ids)  # (B, S, D)
-        return self.decode(memory, self.padding_bias(input_ids), method.shift_right(target_ids))
+        memory_kvs = self.memory_kvs(input_ids)
+        return self.decode(memory_kvs, self.padding_bias(input_ids), method.shift_right(target_ids))
 
-    def decode(self, memory: Tensor, memory_bias: Tensor, prefix: Tensor) -> Tensor:
+    def memory_kvs(self, input_ids: Tensor) -> list[Tensor]:
+        """What each layer of the decoder attends to: source (B, S) -> (2, B, H, S, K) each."""
+        memory = self.encode(input_ids)  # (B, S, D)
+        return [layer.cross_attention.keys_values(memory) for layer in self.decoder]
+
+    def decode(self, memory_kvs: list[Tensor], memory_bias: Tensor, prefix: Tensor) -> Tensor:
         """The decoder's states for what it reads, (B, T) token ids: (B, T, D), not yet normed."""
         bias = self.position_bias(prefix.shape[1], causal=True)  # (1, H, T, T)
         x = self.dropout(self.embedding(prefix))
-        for layer in self.decoder:
-            x = layer(x, bias, layer.cross_attention.keys_values(memory), memory_bias)
+        for layer, memory_kv in zip(self.decoder, memory_kvs, strict=True):
+            x = layer(x, bias, memory_kv, memory_bias)
         return x
 ''',
         "Transformer.generate": '''
@@ -95,11 +100,11 @@ def stage2_loss(run: Run, batch: list[Example], step: int) -> tuple[Tensor, dict
         """Your greedy decoding, never with dropout: source (B, S) -> (B, T)."""
         was_training = self.training
         self.eval()
-        memory = self.encode(input_ids)  # (B, S, D)
+        memory_kvs = self.memory_kvs(input_ids)
         memory_bias = self.padding_bias(input_ids)
 
         def next_logits(prefix: Tensor) -> Tensor:
-            return self.logits(self.decode(memory, memory_bias, prefix)[:, -1])  # (B, V)
+            return self.logits(self.decode(memory_kvs, memory_bias, prefix)[:, -1])  # (B, V)
 
         tokens = method.greedy_decode(next_logits, len(input_ids), max_new_tokens)
         self.train(was_training)
@@ -157,7 +162,8 @@ CHANGE = {
         ),
     },
     "verify.py": {
-        "sys.path.append(str(Path(__file__).resolve().parent.parent.parent))  # where the core is\n": "",
+        "sys.path.append(str(Path(__file__).resolve().parent.parent.parent))": "",
+        "  # where the core is\n": "",
         "from data import InputError, reading\n": (
             "from data import InputError, reading\nfrom method import dose, error_by_position\n"
         ),
