@@ -8,6 +8,7 @@ computed from its files; the tables are in tables.md.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def main() -> None:
     try:
         if sys.argv[1:] == ["--try"]:
             folder = HERE / "runs" / "try"
+            shutil.rmtree(folder, ignore_errors=True)  # method.py may have changed
             train(folder, [*ITEMS["sampling"], *SHORT])
             print(as_markdown({"run": {"try": run_numbers(folder)}}))
             print(as_markdown({"error by position": {"try": token_numbers(folder)}}))
