@@ -154,9 +154,7 @@ def dose(log):
     return wrong / prompts * 100
 
 def exposure_gap(statistic, gold, own):
-    difference = statistic(gold)
-    difference -= statistic(own)
-    return difference
+    return float(statistic(gold)) + -1 * float(statistic(own))
 
 def gap_interval(statistic, gold, own, rng):
     n = len(gold)
@@ -288,8 +286,8 @@ RIGHT = {"plain": PLAIN, "loops": LOOPS, "numpy": NUMPY}
 DRAWN = "rng.integers(0, len(gold), len(gold))"
 GAP = "statistic(gold[drawn]) - statistic(own[drawn])"
 ENDS = "low, high = np.percentile(gaps, [2.5, 97.5])"
-# Function -> wrong answers: what is wrong, a piece of the plain answer, what stands in its place,
-# and the places in CHECKS, within the function, of all concepts that it must lose, and no others.
+# Function -> wrong answers: name, a piece of the plain answer, what stands in its place, and which
+# of the function's checks (0 is its first) it must fail; it must pass the others.
 WRONG = {
     "p_linear": [
         ("no warm-up", "step - warmup * steps", "step", "1"),
@@ -454,8 +452,7 @@ def lost_concepts(student: types.ModuleType, function: str, seed: int) -> set[in
 
 def main() -> None:
     if sys.argv[1] in RIGHT:
-        print(IMPORTS + RIGHT[sys.argv[1]])
-        return
+        return print(IMPORTS + RIGHT[sys.argv[1]])
     sys.path.append(str(Path(__file__).resolve().parent.parent / "notebooks" / "assignment"))
     seeds = random.Random(1).sample(range(10**6), int(sys.argv[2]))
     for style, code in RIGHT.items():
