@@ -204,8 +204,9 @@ def test_every_number_of_a_report_is_checked(hand_in) -> None:
         start, end = number.span()
         wrong = f"{float(number[0]) + 30:.1f}" if number[0] != "nan" else "1.0"
         assert len(verify.wrong_in_report(text[:start] + wrong + text[end:], result)) == 1
-    assert verify.wrong_in_report(text + "\nIt was 1234.5 here.", result) != []
-    assert len(verify.wrong_in_report(text.replace("| gold-1 ", "| gold-7 "), result)) == 2
+    text = "It was 1234.5 here.\n" + text + "\n# Written questions\n98765.4"
+    assert verify.wrong_in_report(text, result) == ["text: 1234.5 is in none of the tables"]
+    assert len(verify.wrong_in_report(text.replace("| gold-1 ", "| gold-7 "), result)) == 3
 
 
 def test_a_run_is_what_it_claims_to_be(hand_in, monkeypatch) -> None:
