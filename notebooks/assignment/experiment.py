@@ -18,7 +18,7 @@ from verify import ITEMS, OPTIONS, SEEDS, as_markdown, run_numbers, tables, toke
 import r2d
 
 HERE = Path(__file__).resolve().parent
-SHORT = "--limit=40 --stage1-steps=12 --stage2-steps=12 --eval-every=6 --max-target=24".split()
+SHORT = "--limit=60 --stage1-steps=12 --stage2-steps=24 --eval-every=12 --max-target=24".split()
 N_NOTES = 200  # whose tokens are looked at one by one
 
 
