@@ -33,7 +33,7 @@ from model import ModelConfig, Transformer, load_t5
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 ACCELERATOR = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-DECODE_BATCH = 128  # prompts decoded together; 64 took a quarter longer
+AT_ONCE = 128  # prompts in one pass of the model; decoding 64 took a quarter longer
 
 
 @dataclass
@@ -59,8 +59,8 @@ def explain_prompts(run: Run, labels: list[str], questions: list[str]) -> list[s
 def generate_texts(run: Run, prompts: list[str], max_new_tokens: int) -> list[str]:
     """What the model writes after each prompt, greedily; `generate` itself turns dropout off."""
     texts = []
-    for start in range(0, len(prompts), DECODE_BATCH):
-        batch = prompts[start : start + DECODE_BATCH]
+    for start in range(0, len(prompts), AT_ONCE):
+        batch = prompts[start : start + AT_ONCE]
         input_ids = run.tokenizer.to_ids(batch, run.options.max_source).to(run.options.device)
         for row in run.model.generate(input_ids, max_new_tokens).tolist():
             texts.append(run.tokenizer.to_text(row))
@@ -76,9 +76,15 @@ def predict_labels(run: Run, questions: list[str]) -> list[str]:
 # ---- Stage 1: rationales alone
 def target_nll(run: Run, prompts: list[str], targets: list[str]) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each target after its prompt, in nats; its tokens: (B,), (B,)."""
-    input_ids = run.tokenizer.to_ids(prompts, run.options.max_source).to(run.options.device)
-    target_ids = run.tokenizer.to_ids(targets, run.options.max_target).to(run.options.device)
-    return run.model.nll(input_ids, target_ids).sum(1), target_ids.count_nonzero(1)  # 0 is padding
+    o = run.options
+    nll, n_tokens = [], []
+    for start in range(0, len(prompts), AT_ONCE):
+        rows = slice(start, start + AT_ONCE)
+        input_ids = run.tokenizer.to_ids(prompts[rows], o.max_source).to(o.device)
+        target_ids = run.tokenizer.to_ids(targets[rows], o.max_target).to(o.device)
+        nll.append(run.model.nll(input_ids, target_ids).sum(1))
+        n_tokens.append(target_ids.count_nonzero(1))  # 0 is padding
+    return torch.cat(nll), torch.cat(n_tokens)
 
 
 def token_loss(run: Run, prompts: list[str], targets: list[str]) -> Tensor:
@@ -146,11 +152,9 @@ def flip_coins(n: int, p: float, generator: torch.Generator) -> list[bool]:
 
 # ---- Stage 2: label and rationale, with scheduled sampling of the label in the prompt
 def mix_labels(run: Run, batch: list[Example], coins: list[bool]) -> tuple[list[str], dict]:
-    """The labels for the explain prompts: predicted where the coin is True, else gold.
-
-    The authors' code predicts for all examples, with dropout on, and keeps invalid labels. Also
-    returns counts for log.jsonl: `wrong_predicted`, prompts with a wrong label, is the dose.
-    """
+    """The labels for the explain prompts: predicted where the coin is True, else gold. (The
+    authors' code predicts for all examples, with dropout, and keeps invalid labels.) Also counts
+    for log.jsonl: `wrong_predicted`, the prompts with a wrong label, is the dose."""
     questions, labels, _ = columns(batch)
     counts = {"used_predicted": 0, "wrong_predicted": 0, "invalid_predicted": 0}
     chosen = [i for i, coin in enumerate(coins) if coin]
@@ -220,17 +224,6 @@ def sum_over_processes(run: Run, log: dict) -> None:
 
 
 @torch.no_grad()
-def nll_of_texts(run: Run, prompts: list[str], rationales: list[str]) -> tuple[list, list]:
-    """Negative log-likelihood in nats of each gold rationale after its prompt, and its tokens."""
-    nll, n_tokens = [], []
-    for start in range(0, len(prompts), DECODE_BATCH):
-        rows = slice(start, start + DECODE_BATCH)
-        more_nll, more_tokens = target_nll(run, prompts[rows], rationales[rows])
-        nll += more_nll.tolist()
-        n_tokens += more_tokens.tolist()
-    return nll, n_tokens
-
-
 def validate(run: Run, stage: int) -> dict[str, float]:
     """Stage 1: loss per token of the rationales. Stage 2: macro-F1 of the predicted labels."""
     if stage == 2:
@@ -239,8 +232,8 @@ def validate(run: Run, stage: int) -> dict[str, float]:
         return {"val_macro_f1": metrics.macro_f1(gold, predicted, run.dataset.labels)}
     questions, _, rationales = columns(run.dataset.stage1_val)
     prompts = [f"explain: {question}" for question in questions]
-    nll, n_tokens = nll_of_texts(run, prompts, rationales)
-    return {"val_loss": sum(nll) / sum(n_tokens)}
+    nll, n_tokens = target_nll(run, prompts, rationales)
+    return {"val_loss": (nll.sum() / n_tokens.sum()).item()}
 
 
 def train(
@@ -316,6 +309,7 @@ def train(
 
 
 # ---- The test: the same notes explained under the gold, the predicted and a flipped label
+@torch.no_grad()
 def test_rows(run: Run) -> list[dict]:
     """One row per test example, with every fact that the scores need: predictions.jsonl."""
     o = run.options
@@ -336,10 +330,10 @@ def test_rows(run: Run) -> list[dict]:
         labels = [row[metrics.LABEL_KEYS[condition]] for row in rows]
         prompts = explain_prompts(run, labels, questions)
         texts = generate_texts(run, prompts, o.max_target)
-        nll, n_tokens = nll_of_texts(run, prompts, rationales)
+        nll, n_tokens = target_nll(run, prompts, rationales)
         for i, row in enumerate(rows):
-            row["tokens"] = n_tokens[i]
-            row[f"nats_given_{condition}"] = nll[i]
+            row["tokens"] = n_tokens[i].item()
+            row[f"nats_given_{condition}"] = nll[i].item()
             row[f"rationale_given_{condition}"] = texts[i]
     add_verdicts(run, rows)
     return rows
@@ -404,7 +398,8 @@ def read_config(out: Path) -> dict:
 def write_config(run: Run) -> None:
     """config.json and tokenizer.model: with stage2.pt they are all that --ask needs."""
     o = run.options
-    config = {name: value for name, value in vars(o).items() if name not in CALL_OPTIONS}
+    of_a_call = ["stage", "out", "device", "eval", "ask", "given"]  # these may change
+    config = {name: value for name, value in vars(o).items() if name not in of_a_call}
     config.update(labels=run.dataset.labels, model=asdict(run.model.config))
     o.out.mkdir(parents=True, exist_ok=True)
     write_file(o.out / "tokenizer.model", run.tokenizer.model)  # first: config.json stands for both
@@ -475,9 +470,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-CALL_OPTIONS = ["stage", "out", "device", "eval", "ask", "given"]  # may differ from call to call
-
-
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     """The options; a run in --out fixes its own. A wrong one ends the program with status 2."""
     parser = make_parser()
@@ -496,8 +488,6 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"{WORLD} processes need a batch of as many examples; start fewer")
     if o.stage == 1 and (o.method != "r2d" or o.no_stage1 or o.eval):
         parser.error("--stage 1: is training, of --method r2d alone, without --no-stage1")
-    if o.ask is not None and not o.ask.encode().strip():  # encode: raises if it is not UTF-8
-        parser.error("--ask: the text is empty")
     if o.given is not None and (o.ask is None or o.method != "r2d"):
         parser.error("--given: needs --ask, and a run of --method r2d")
     return o

@@ -1,8 +1,6 @@
 """Flip the label: one page that shows what finished runs write under every label.
 
-    python notebooks/page.py RUN [RUN ...] page.html
-
-The page needs no server and no network. All runs must have the same test notes.
+python notebooks/page.py RUN [RUN ...] page.html
 """
 
 import argparse
@@ -78,22 +76,22 @@ button, input, select { font: inherit; white-space: pre-line }
 div { display: grid; gap: 0.7rem; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)) }
 #runs { grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)) }
 article, blockquote { margin: 0; padding: 0 1rem; border: 2px solid }
+:focus-visible { outline: 3px solid #E69F00; outline-offset: 2px }
 [aria-pressed=true] { background: CanvasText; color: Canvas }
 article [aria-live] { min-height: 3em }
 </style>
-<h1>Flip the label, watch the rationale</h1>
-<p>You choose the label in the prompt, the models explain it. <mark>Marked</mark>: words that their
-text under the predicted label does not have. Flipped: a wrong label that is not predicted.</p>
-<label>Search <input id="search" type="search"></label> <button id="next">Next note</button>
-<button id="wrong">Next that a model gets wrong</button>
+<h1>Flip the label: does the rationale follow?</h1>
+<p>Give the models a wrong label: which of them argues for it? <mark>Yellow</mark>: words that are
+not in the text under the predicted label. Flipped: a wrong label that is not predicted.</p>
+<label>Search the notes <input id="search" type="search"></label>
+<button id="next">Next note</button> <button id="wrong">Next with a wrong prediction</button>
 <h2 id="place" aria-live="polite"></h2><blockquote><p id="note" dir="auto"></p></blockquote>
 <h2 id="choice">Label in the prompt</h2><section role="group" aria-labelledby="choice"></section>
 <h2>Rationales</h2><div id="runs"></div>
 <script>
 const { labels, questions, gold, runs } = DATA;
 const get = (query) => document.querySelector(query);
-const add = (parent, tag, more) =>
-  parent.appendChild(Object.assign(document.createElement(tag), more));
+const add = (to, tag, more) => to.appendChild(Object.assign(document.createElement(tag), more));
 const kinds = labels.length > 8 ? ["select", "option"] : ["div", "button"];
 const list = add(get("section"), kinds[0], { ariaLabel: "Label in the prompt" });
 let note, label;
@@ -103,7 +101,7 @@ function show(newNote, newLabel) {
   get("#note").textContent = questions[note];
   labels.forEach((name, i) => {
     const lines = name == gold[note] ? [name, "gold label"] : [name];
-    for (const run of runs) if (run.predicted[note] == name) lines.push(`predicted by ${run.name}`);
+    for (const run of runs) if (run.predicted[note] == name) lines.push(`${run.name[0]} predicts`);
     list.children[i].textContent = lines.join("\\n");
     list.children[i].ariaPressed = i == label;
   });
@@ -111,16 +109,16 @@ function show(newNote, newLabel) {
   for (const run of runs) {
     const answer = (i) => run.answers[i * questions.length + note];  // under label i
     const [text, argues, ungrounded] = answer(label);
-    const own = (answer(labels.indexOf(run.predicted[note]))?.[0] ?? text).split(" ");
+    const own = answer(labels.indexOf(run.predicted[note]))?.[0] ?? text;
     run.text.textContent = "";
     for (const word of text.split(" ")) {
-      add(run.text, own.includes(word) ? "span" : "mark", { textContent: word }).after(" ");
+      add(run.text, own.split(" ").includes(word) ? "span" : "mark", { textContent: `${word} ` });
     }
     run.verdict.textContent = `Predicts ${run.predicted[note]}, argues for ${argues ?? "none"}.`;
-    if (ungrounded?.length) run.verdict.append(` Not from the note: ${ungrounded.join(", ")}.`);
+    if (run.predicted[note] != labels[label] && text == own) run.verdict.append(" Text unchanged.");
+    if (ungrounded?.length) run.verdict.append(` Not in the note: ${ungrounded.join(", ")}.`);
   }
 }
-
 function go(first, wanted = () => true) {
   const words = get("#search").value.toLowerCase();
   const order = questions.map((_, i) => (note + first + i) % questions.length);
@@ -128,7 +126,6 @@ function go(first, wanted = () => true) {
   if (next === undefined) get("#place").textContent = "No such note";
   else show(next, label);
 }
-
 labels.forEach((_, i) => add(list, kinds[1], { onclick: () => show(note, i) }));
 list.onchange = () => show(note, list.selectedIndex);
 for (const run of runs) {
@@ -141,8 +138,11 @@ for (const run of runs) {
 get("#search").oninput = () => go(0);
 get("#next").onclick = () => go(1);
 get("#wrong").onclick = () => go(1, (i) => runs.some((run) => run.predicted[i] != gold[i]));
-const wrong = (name) => name != gold[0] && runs.every((run) => run.predicted[0] != name);
-show(0, Math.max(0, labels.findIndex(wrong)));
+const pairs = questions.flatMap((_, i) => labels.map((_, l) => [i, l]));
+const follow = (i, l) => runs.map((run) => run.answers[l * questions.length + i][1] == labels[l]);
+const flipped = (i, l) => labels[l] != gold[i] && runs.every((run) => run.predicted[i] == gold[i]);
+const differ = ([i, l]) => flipped(i, l) && new Set(follow(i, l)).size > 1;
+show(...(pairs.find(differ) ?? [0, 0]));  // begin where the runs differ
 </script>
 """
 

@@ -172,8 +172,8 @@ def compare_rationales(run: r2d.Run, notes: int, rows: dict) -> None:
         return r2d.generate_texts(run, prompts, limit)
 
     tokens = run.tokenizer.to_ids(ours(0), limit).count_nonzero().item()
-    for size in (PEER_BATCH, r2d.DECODE_BATCH):
-        r2d.DECODE_BATCH = size
+    for size in (PEER_BATCH, r2d.AT_ONCE):
+        r2d.AT_ONCE = size
         seconds = in_turn(3, ours, lambda i: peer.generate(prompts, limit))
         title = f"rationales, ours in {size}s, peer's in {PEER_BATCH}s"
         show(rows, title, "tokens/s", *[tokens / s for s in seconds])

@@ -153,7 +153,7 @@ OPTIONS |= {"--eval=1": "--eval", "--no-stage1=1": "--no-stage1", "--init x": "x
 OPTIONS |= {"--stage 1 --method sft": "--stage 1", "--stage 1 --no-stage1": "--stage 1"}
 OPTIONS |= {"--eval": "stage2.pt", "--ask x": "stage2.pt", "--device mps --method dss": "mps"}
 OPTIONS |= {"--data t.csv": "t.csv", "--out f": "f", "--out f/run": "f", "--out f/a/b": "f"}
-OPTIONS |= {"--max-target 3": "label", "--given x": "--given", "--ask caf\udce9": "utf-8"}
+OPTIONS |= {"--max-target 3": "label", "--given x": "--given"}
 for name in SHARES:
     for value in ("-0.01", "1.01", "nan", "inf", "x", "1,5", "1e999", ""):
         OPTIONS[f"--{name} {value}"] = name

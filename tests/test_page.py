@@ -180,14 +180,15 @@ def test_every_label_shows_its_texts(visit) -> None:
     is not named as gold or predicted, and a request or an error of the page."""
     tab, _ = visit(LABELS, ["first text", "second text"])
     buttons = tab.get_by_role("group", name="Label in the prompt").get_by_role("button")
-    names = ["one\ngold label\npredicted by ● A\npredicted by ■ B", *LABELS[1:]]
+    names = ["one\ngold label\n● predicts\n■ predicts", *LABELS[1:]]
     assert buttons.all_inner_texts() == names
     for i, label in [*enumerate(LABELS), (0, "one")]:
         buttons.nth(i).click()
         pressed = [button.get_attribute("aria-pressed") for button in buttons.all()]
         assert pressed == [str(k == i).lower() for k in range(3)]
-        said = f"Predicts one, argues for {label}. Not from the note: made up."
-        nothing = "Predicts one, argues for none. Not from the note: made up."
+        said = f"Predicts one, argues for {label}. Not in the note: made up."
+        same = "" if label == "one" else " Text unchanged."
+        nothing = f"Predicts one, argues for none.{same} Not in the note: made up."
         assert shown(tab) == [(f"first text {label}", said), ("first text", nothing)]
         assert tab.locator("article mark").all_inner_texts() == ([] if label == "one" else [label])
 
@@ -203,9 +204,9 @@ def test_notes_are_found(visit) -> None:
         assert note.inner_text().startswith(f"note {number - 1} ")
         assert shown(tab)[0][0].endswith(" two")
     for number in (2, 4, 2):  # A is wrong in these
-        tab.get_by_role("button", name="Next that a model gets wrong").click()
+        tab.get_by_role("button", name="Next with a wrong prediction").click()
         assert place.inner_text() == f"Note {number} of 4"
-    search = tab.get_by_role("searchbox", name="Search")
+    search = tab.get_by_role("searchbox", name="Search the notes")
     search.fill("APPLE")
     assert note.inner_text() == "note 2 Apple pie"
     tab.get_by_role("button", name="Next note").click()
@@ -298,8 +299,6 @@ if __name__ == "__main__":
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 860, "height": 1200})
         tab.goto(Path(sys.argv[1]).resolve().as_uri())
-        tab.get_by_role("searchbox").fill("describes coughing up blood")  # the models differ on it
-        tab.get_by_role("button", name="home care").click()
         top = tab.locator("#place").bounding_box()["y"] - 10  # from the note on
         bottom = tab.get_by_role("article").last.bounding_box()
         height = bottom["y"] + bottom["height"] - top + 10
