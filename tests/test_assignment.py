@@ -51,13 +51,9 @@ def test_right_answers_keep_all_points_and_wrong_ones_lose_those_of_their_concep
         assert len(places) == sum(one.function == function for one in CHECKS)  # each can be lost
 
 
-HOSTILE = {  # the first line of a function that is right else
-    "p_linear": "while True: pass",
-    "flip_coins": "__import__('os')._exit(0)",
-    "dose": "__import__('time').sleep(1000)",
-    "exposure_gap": "torch.empty(3 * 2**30, dtype=torch.uint8)",
-    "following": "open('large', 'wb').write(b'x' * 2**25)",
-}
+LINES = ["while True: pass", "__import__('os')._exit(0)", "__import__('time').sleep(1000)"]
+LINES += ["torch.empty(3 * 2**30, dtype=torch.uint8)", "open('large', 'wb').write(b'x' * 2**25)"]
+HOSTILE = dict(zip(WRONG, LINES, strict=False))  # the first lines of functions that are right else
 
 
 def test_gradescope_and_code_that_misbehaves(tmp_path) -> None:
@@ -73,7 +69,7 @@ def test_gradescope_and_code_that_misbehaves(tmp_path) -> None:
     assert "install -r" in (source / "setup.sh").read_text(encoding="utf-8")
     assert all(package in packages for package in grade.PACKAGES)
     text = (source / "grade.py").read_text(encoding="utf-8")
-    (source / "grade.py").write_text(text.replace("SECONDS = 10", "SECONDS = 3"), encoding="utf-8")
+    (source / "grade.py").write_text(text.replace("SECONDS = 10", "SECONDS = 6"), encoding="utf-8")
     code = IMPORTS + PLAIN
     for function, line in HOSTILE.items():
         first, rest = functions(PLAIN)[function].split("\n", 1)
@@ -98,7 +94,7 @@ def test_a_class_with_missing_packages_and_damaged_files(tmp_path) -> None:
     done = python(tmp_path, FOLDER / "grade.py", ".", "--csv", "all.csv")
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "all.csv").read_text(encoding="utf-8").splitlines()))
-    assert [int(row["points"]) for row in rows] == [70, 0, 0, 0, 0]
+    assert [int(row["points"]) for row in rows] == [grade.TOTAL, 0, 0, 0, 0]
     for row, hint in zip(rows[1:4], ["imports scipy", "syntax", "ZeroDivision"], strict=True):
         assert hint in row["trouble"]
 
@@ -162,8 +158,9 @@ def test_right_answers_train_as_the_core_does_and_wrong_ones_do_not(course, tmp_
         (course / "method.py").write_text(IMPORTS + code, encoding="utf-8")
         assert python(course, "r2d.py", *options, "--out", tmp_path / name).returncode == 0
     for file in ("log.jsonl", "predictions.jsonl"):
-        right = (tmp_path / "right" / file).read_bytes()
-        assert right == (tmp_path / "core" / file).read_bytes()
+        one, two = [lines(tmp_path / name / file) for name in ("right", "core")]
+        for line, expected in zip(one, two, strict=True):
+            assert line == expected
     right, wrong = (lines(tmp_path / name / "log.jsonl") for name in ("right", "wrong"))
     assert right[0]["loss"] != wrong[0]["loss"]  # of stage 1: shift_right
     for line in wrong[6:]:

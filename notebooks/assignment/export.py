@@ -139,7 +139,7 @@ def show(scores: dict, key: str) -> str:
     },
     "verify.py": {"dose": "", "error_by_position": ""},
 }
-# File -> text -> what stands in its place; each text must be there exactly once, or as often.
+# File -> text -> what stands in its place, wherever it is. It must be there.
 CHANGE = {
     "r2d.py": {
         "import data\nimport metrics\n": "import data\nimport method\nimport metrics\n",
