@@ -20,3 +20,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test runs in an empty folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whole tiny run on the simulated line, for the tests that only look at it."""
+    from helpers import TINY
+
+    import r2d
+
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert r2d.main([*TINY, "--out", str(out)]) == 0
+    return out
