@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import re
 from argparse import Namespace
@@ -19,6 +20,13 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1234\
 TINY = "--limit 48 --stage1-steps 4 --stage2-steps 8 --eval-every 4 --batch-size 8 --width 16"
 TINY += " --heads 2 --layers 1 --vocab-size 400 --max-target 24 --device cpu"
 TINY = TINY.split()
+
+
+class Evil:
+    """Unpickled, it makes a folder; it could as well have emptied one."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("evil",)
 
 
 def read(path: Path) -> dict:

@@ -1,7 +1,6 @@
 """Bad input ends in one line with status 2 and leaves nothing; strange input works."""
 
 import json
-import os
 import pickle
 import re
 import shutil
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, lines, read, refusal, write_notes
+from helpers import TINY, Evil, lines, read, refusal, write_notes
 
 import data
 import r2d
@@ -179,11 +178,6 @@ def test_a_run_refuses_other_options(capsys):
 
 
 # ---- bad checkpoints ----------------------------------------------------------------------------
-class Evil:
-    def __reduce__(self) -> tuple:
-        return os.mkdir, ("evil",)
-
-
 def narrow(content: dict) -> dict:
     weights = {name: weight[..., :1] for name, weight in content["weights"].items()}
     return content | {"weights": weights}
