@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 import r2d
 
 nbformat = pytest.importorskip("nbformat")  # notebooks/requirements.txt; CI has it
 nbclient = pytest.importorskip("nbclient")
 
-ROOT = Path(__file__).resolve().parent.parent
 CORE = [ROOT / name for name in ("r2d.py", "model.py", "data.py", "metrics.py")]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 USAGE = (ROOT / "notebooks" / "usage.md").read_text(encoding="utf-8")
@@ -74,11 +74,13 @@ def test_kept_outputs_belong_to_the_code(path: Path) -> None:
 
 
 def test_they_redefine_nothing_of_the_core() -> None:
-    """Catches a copy of the core in a notebook, which would soon differ from it."""
+    """Catches a copy of the core in a notebook, which would soon differ from it; a method that has
+    another colour in one notebook than in the next."""
     core = "\n".join([file.read_text(encoding="utf-8") for file in CORE])
     own = "\n".join([source(nbformat.read(path, 4)) for path in NOTEBOOKS])
     names = [set(re.findall(r"^(?:def|class) (\w+)", text, re.M)) for text in (core, own)]
     assert len(NOTEBOOKS) == 4 and names[0] and names[1] and not names[0] & names[1]
+    assert "draw.METHODS" in own and not re.search("#[0-9A-F]{6}|colors?=.?(C[0-9]|tab:)", own)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -101,12 +103,6 @@ def test_they_open_in_colab(path: Path, tmp_path: Path) -> None:
     for before, place in (("", f"{tmp_path.name} False"), (colab, "notebooks True")):
         code = [sys.executable, "-c", before + cell + after]
         assert subprocess.check_output(code, cwd=tmp_path, text=True).strip() == place
-
-
-def test_colours_are_those_of_draw() -> None:
-    """Catches a method that has another colour in one notebook than in the next."""
-    own = "\n".join([source(nbformat.read(path, 4)) for path in NOTEBOOKS])
-    assert "draw.METHODS" in own and not re.search("#[0-9A-F]{6}|colors?=.?(C[0-9]|tab:)", own)
 
 
 @pytest.mark.parametrize("command", re.findall(r"^python r2d\.py (.*)", USAGE, re.M))

@@ -11,21 +11,18 @@ import shutil
 import sys
 from pathlib import Path
 
+import page
 import pytest
-from helpers import ROOT, lines, read
-from test_r2d import TINY
-from test_scripts import refusal, status
+from helpers import TINY, lines, read, refusal, status
 
 import data
 import r2d
 
-sys.path.insert(0, str(ROOT / "notebooks"))
-import page
-
 BROWSERS = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
 CHROMIUM = next(filter(None, BROWSERS), None)
 BAD = "</script><script>document.title = 'bad'</script><img src=x onerror=alert(1)>"
-TEXTS = [BAD, "\"double\" 'single' `back` ${1} \\n &amp;", "🚑 call \u2028 it", "שלום עולם abc"]
+TEXTS = [BAD, "\"double\" 'single' `back` ${1} \\n &amp;", "🚑 call \u2028 it", "<!-- b"]
+TEXTS.append("שלום עולם abc")
 
 
 def content(html: Path) -> dict:
@@ -33,7 +30,7 @@ def content(html: Path) -> dict:
     return json.loads(re.search(r"^const {.*} = ({.*});$", html.read_text("utf-8"), re.M)[1])
 
 
-def write_page(path: Path, labels: list[str], texts: list[str], monkeypatch) -> dict:
+def write_page(path: Path, labels: list[str], texts: list[str], monkeypatch) -> None:
     """A page of two runs that say what we want: `texts` are its notes, labels included in answers.
 
     Run A says "text LABEL" to each label and predicts the first; B says the text and is right."""
@@ -51,7 +48,6 @@ def write_page(path: Path, labels: list[str], texts: list[str], monkeypatch) -> 
     shared = {"labels": labels, "questions": questions, "gold": gold}
     monkeypatch.setattr(page, "read_run", lambda folder: (shared, runs[folder == Path("B")]))
     assert status(page.main, "A", "B", path) == 0
-    return shared | {"runs": runs}
 
 
 # ---- The file
@@ -111,14 +107,6 @@ def test_many_labels_leave_fewer_notes(folder: Path, monkeypatch) -> None:
     assert out.stat().st_size < 20_000
 
 
-def test_no_text_ends_the_script(tmp_path: Path, monkeypatch) -> None:
-    """Catches a text that ends the script of the page, or begins a comment in it."""
-    made = write_page(tmp_path / "page.html", ["a", "<!-- b"], TEXTS, monkeypatch)
-    html = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert html.count("</script") == 1 and "<!--" not in html
-    assert content(tmp_path / "page.html") == made
-
-
 def test_bad_input_ends_in_one_line(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     """Catches a traceback, a page of runs that differ, and a run overwritten by the page."""
     a, out = folder / "a", tmp_path / "page.html"
@@ -152,7 +140,7 @@ def visit(browser, tmp_path: Path, monkeypatch):
     problems = []
 
     def visit(labels: list[str], texts: list[str] = TEXTS, **options):
-        made = write_page(tmp_path / "page.html", labels, texts, monkeypatch)
+        write_page(tmp_path / "page.html", labels, texts, monkeypatch)
         tab = browser.new_page(**options)
         tab.set_default_timeout(5000)
         tab.on("console", lambda message: problems.append(message.text))
@@ -160,7 +148,7 @@ def visit(browser, tmp_path: Path, monkeypatch):
         tab.on("request", lambda request: problems.append(request.url))
         tab.goto((tmp_path / "page.html").as_uri())
         assert problems.pop(0).startswith("file:")  # the page itself
-        return tab, made
+        return tab
 
     yield visit
     assert problems == []
@@ -178,7 +166,7 @@ LABELS = ["one", "two", "<b>three</b>"]
 def test_every_label_shows_its_texts(visit) -> None:
     """Catches a button without effect or of another label, marks at the wrong words, a label that
     is not named as gold or predicted, and a request or an error of the page."""
-    tab, _ = visit(LABELS, ["first text", "second text"])
+    tab = visit(LABELS, ["first text", "second text"])
     buttons = tab.get_by_role("group", name="Label in the prompt").get_by_role("button")
     names = ["one\ngold label\npredicted by ● A\npredicted by ■ B", *LABELS[1:]]
     assert buttons.all_inner_texts() == names
@@ -194,7 +182,7 @@ def test_every_label_shows_its_texts(visit) -> None:
 
 def test_notes_are_found(visit) -> None:
     """Catches a search, a `next` or a `wrong` that goes nowhere, ends, or forgets the label."""
-    tab, _ = visit(LABELS, ["apple", "pear", "Apple pie", "plum"])
+    tab = visit(LABELS, ["apple", "pear", "Apple pie", "plum"])
     place, note = tab.locator("#place"), tab.locator("#note")
     tab.get_by_role("button", name="two").click()
     for number in (2, 3, 4, 1):
@@ -216,7 +204,7 @@ def test_notes_are_found(visit) -> None:
 
 def test_all_works_by_keyboard(visit) -> None:
     """Catches a control that Tab does not reach, and a focus that is lost by pressing it."""
-    tab, _ = visit(LABELS, ["apple", "pear"])
+    tab = visit(LABELS, ["apple", "pear"])
     tab.keyboard.press("Tab")
     tab.keyboard.type("pear")
     assert tab.locator("#note").inner_text() == "note 1 pear"
@@ -233,8 +221,9 @@ def test_all_works_by_keyboard(visit) -> None:
 
 
 def test_any_text_is_shown_as_text(visit) -> None:
-    """Catches a text that becomes markup, lost quotes or emoji, Hebrew set from the left."""
-    tab, _ = visit(["one", BAD])
+    """Catches a text that ends the script of the page or begins a comment in it or becomes markup,
+    lost quotes or emoji, Hebrew set from the left."""
+    tab = visit(["one", BAD])
     kinds = "[...new Set([...document.querySelectorAll('article *')].map(e => e.localName))].sort()"
     for i, text in enumerate(TEXTS):
         assert tab.locator("#note").text_content() == f"note {i} {text}"
@@ -250,7 +239,7 @@ def test_any_text_is_shown_as_text(visit) -> None:
 def test_more_than_eight_labels_are_a_list(visit) -> None:
     """Catches a wall of buttons, and a list that shows another label than the texts."""
     labels = [f"label {i}" for i in range(9)]
-    tab, _ = visit(labels, ["first", "second"])
+    tab = visit(labels, ["first", "second"])
     box = tab.get_by_role("combobox", name="Label in the prompt")
     assert tab.get_by_role("group").get_by_role("button").count() == 0
     assert box.input_value().split("\n")[0] == "label 1" and shown(tab)[0][0] == "first label 1"
@@ -266,24 +255,16 @@ def test_phone_and_dark(visit) -> None:
     white, black = "rgb(255, 255, 255)", "rgb(0, 0, 0)"
     for width, scheme, colour in ((360, "dark", white), (900, "light", black)):
         size = {"width": width, "height": 700}
-        tab, _ = visit([*LABELS, "x" * 60], viewport=size, color_scheme=scheme)
+        tab = visit([*LABELS, "x" * 60], viewport=size, color_scheme=scheme)
         one, two = [card.bounding_box() for card in tab.get_by_role("article").all()]
         assert (one["y"] == two["y"]) == (width == 900)
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         assert tab.evaluate("getComputedStyle(document.body).color") == colour
 
 
-def test_nothing_moves_at_first_paint(visit) -> None:
-    """Catches a page whose texts arrive after its first paint."""
-    tab, _ = visit(LABELS, ["many words " * 40] * 100)
-    moved = """() => new Promise(done => new PerformanceObserver(list => done(list.getEntries()))
-        .observe({ type: "layout-shift", buffered: true }) ?? setTimeout(() => done([]), 500))"""
-    assert tab.evaluate(moved) == []
-
-
 def test_screen_readers_are_told(visit) -> None:
     """Catches a page without language or headings, and texts that change unannounced."""
-    tab, _ = visit(LABELS)
+    tab = visit(LABELS)
     assert tab.evaluate("document.documentElement.lang") == "en"
     headings = [tab.get_by_role("heading", level=level).count() for level in (1, 2, 3)]
     assert headings == [1, 3, 2]

@@ -7,19 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bertscore
+import compare
+import draw
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, changed, lines, read, write_t5
+import why
+from helpers import ROOT, changed, lines, read, refusal, status, write_t5
 from scipy import stats
 
 import data
 
-sys.path.insert(0, str(ROOT / "notebooks"))
-import bertscore
-import compare
-import draw
-import why
+pytestmark = pytest.mark.usefixtures("here")
 
 STEPS = "--stage1-steps 2 --stage2-steps 4 --eval-every 2 --batch-size 8 --notes 20 --limit 20"
 OPTIONS = [*STEPS.split(), *"--width 32 --layers 1 --vocab-size 400 --max-target 24".split()]
@@ -28,23 +28,6 @@ FOLDERS = ["sft_stage2-steps_3_width_16-1", "dss-3", "r2d-3"]
 FOLDERS += ["r2d_no-stage1_schedule_none_batch-size_24-3"]
 WRONG = ["bert", "r2d,capp=1", "r2d,cap=2", "r2d,seed=1", "r2d,out=x", "r2d,ask=x", "r2d --seed 5"]
 WRONG += ["r2d --method dss", "r2d --stage 1", "r2d --seeds x", "r2d --data data.nix"]
-
-
-def status(main, *arguments: object) -> int:
-    """Of the script: what main returns, or what argparse ends the program with."""
-    try:
-        return main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        return end.code
-
-
-def refusal(capsys, main, *arguments: object) -> str:
-    """The one line with which the script refuses its arguments."""
-    capsys.readouterr()
-    assert status(main, *arguments) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    return message
 
 
 @pytest.fixture(scope="module")

@@ -156,43 +156,36 @@ def test_logits_loss_and_gradients_equal_transformers(pair):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("write", [write_parts, write_safetensors])
 def test_both_files_and_all_types_give_float32(tmp_path, write, dtype):
-    """Catches a format that is not read, and a model that trains in the type of its file."""
+    """Catches a format that is not read, a model that trains in the type of its file, config.json's
+    dropout in training, and weights drawn in vain before they are read."""
     weights = {name: weight.to(dtype) for name, weight in random_weights().items()}
     expected = rename_t5(weights)
-    for name, weight in load_t5(write(tmp_path, weights)).named_parameters():
+    write(tmp_path, weights)
+    before = torch.get_rng_state()
+    model = load_t5(tmp_path, dropout=0.3)
+    assert torch.get_rng_state().equal(before)
+    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.3}
+    for name, weight in model.named_parameters():
         assert weight.dtype == torch.float32 and weight.is_leaf and weight.requires_grad
         assert weight.equal(expected.pop(name)), name
     assert not expected
 
 
-def test_loading_changes_only_the_dropout(tmp_path):
-    """Catches config.json's dropout in training, and weights drawn in vain before they are read."""
-    write_parts(tmp_path, random_weights())
-    before = torch.get_rng_state()
-    model = load_t5(tmp_path, dropout=0.3)
-    assert torch.get_rng_state().equal(before)
-    assert model.config.dropout == 0.3
-    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.3}
-
-
 # ---- What is refused, in words that say what is wrong.
-def test_a_config_that_is_none_is_refused(tmp_path):
-    """Catches a traceback for a file that is not JSON, not text, or no object of T5's keys."""
-    path = write_parts(tmp_path, random_weights()) / "config.json"
+WRONG = {"model_type": "bert", "feed_forward_proj": "gated-silu", "layer_norm_epsilon": 1e-5}
+WRONG |= {"pad_token_id": None, "eos_token_id": [2], "decoder_start_token_id": 5}
+
+
+def test_bad_configs_are_refused(tmp_path):
+    """Catches a traceback for a file that is not JSON, not text, or no object of T5's keys; a
+    model that loads and computes something else, and a size that does not fit."""
+    weights = random_weights()
+    path = write_parts(tmp_path, weights) / "config.json"
     path.unlink()
     assert "config.json" in refusal(tmp_path)  # not there at all
     for content in ("{", "[1, 2]", "7", "null", "{}", "[" * 100_000, "\xff"):
         path.write_text(content, encoding="latin-1")
         refusal(tmp_path)
-
-
-WRONG = {"model_type": "bert", "feed_forward_proj": "gated-silu", "layer_norm_epsilon": 1e-5}
-WRONG |= {"pad_token_id": None, "eos_token_id": [2], "decoder_start_token_id": 5}
-
-
-def test_another_kind_of_model_is_refused(tmp_path):
-    """Catches a model that loads and computes something else, and a size that does not fit."""
-    weights = random_weights()
     for key, value in WRONG.items():
         assert f"{key} is {value!r}" in refusal(write_parts(tmp_path, weights, V11 | {key: value}))
     for key in [*SIZES, "relative_attention_num_buckets"]:
