@@ -179,19 +179,6 @@ def test_the_checks_see_a_changed_rationale(voice):
     assert denials > 50
 
 
-def test_voices_name_their_labels_and_have_their_words():
-    """Catches a voice whose text always holds the label, and voices mixed up."""
-    texts = {}
-    for voice in VOICES:
-        train = triage(voice, override=0.0).train
-        named = sum(e.label.lower() in e.rationale.lower() for e in train)
-        assert named / 1000 == pytest.approx(data.NAMED, abs=0.06)
-        texts[voice] = " ".join(example.rationale for example in train)
-    assert [voice for voice in VOICES if " can mean " in texts[voice]] == ["llm"]
-    assert [voice for voice in VOICES if "SOB." in texts[voice]] == ["nurse"]
-    assert [voice for voice in VOICES if "Shortness of breath." in texts[voice]] == ["post"]
-
-
 def test_reasons_are_the_llms_without_the_ending():
     """Catches a label or a judgement in the reasons, facts that are lost, a text with neither."""
     reasons = triage(stage1_rationales="reasons").stage1_train
@@ -204,7 +191,8 @@ def test_reasons_are_the_llms_without_the_ending():
 
 @in_each_voice
 def test_the_ceiling_knows_the_rule_and_no_more(voice):
-    """Catches a ceiling taken after the override, and one that peeks at the drawn ending."""
+    """Catches a ceiling taken after the override, one that peeks at the drawn ending, a voice whose
+    text always names its label."""
     exact, bleu = 0, []
     for example, answer in zip(triage(voice).test, triage(voice).ceiling, strict=True):
         rule, label = data.triage_tier(read_facts(example.question)), answer["ceiling_label"]
@@ -379,7 +367,6 @@ def test_a_look_counts_what_is_cut():
 
 # ---- Tokenizer and batches.
 ODD = "E Q Z|NAÏVE café|emoji 🤒🏽|حمى|日本語|two\nlines|a\ttab|a  b   c|½ ﬁ|</s>|<0x41>|x\u2028y|"
-CHINESE = [chr(0x4E00 + i) for i in range(3000)]
 NOTES = [Example("x" * random.Random(i).randint(5, 120), str(i), "") for i in range(1000)]
 
 
@@ -391,15 +378,6 @@ def test_text_survives_the_tokenizer(text):
     assert tokenizer().to_text([0, *ids, 1, *ids, 0]) == text  # stops at the end token
     assert tokenizer().to_text([*ids, 1540]) == text  # an id that T5 has too many
     assert tokenizer().processor.get_piece_size() == 1536 and len(ids) <= len(text.encode()) + 1
-
-
-@pytest.mark.parametrize("texts", [["yes"], ["x" * 20_000], CHINESE], ids=["tiny", "long", "many"])
-def test_tokenizer_trains_on_odd_data_and_is_loaded_again(tmp_path, texts):
-    """Catches SentencePiece's limits on size, length and characters, a model by chance."""
-    small, path = Tokenizer.train(texts, 600), tmp_path / "spiece.model"
-    path.write_bytes(Tokenizer.train(texts, 600).model)
-    for text in texts[:50]:
-        assert Tokenizer.load(path).to_text(small.processor.encode(text)) == text
 
 
 def test_files_that_are_no_tokenizer_are_refused(tmp_path):

@@ -162,7 +162,10 @@ def test_replies_are_read_however_they_are_marked() -> None:
 
 
 def test_no_answer_is_paid_for_twice(serve, run, capsys) -> None:
-    """Catches answers lost at a failure, models mixed up, and a file that breaks at a cut line."""
+    """Catches answers lost at a failure, models mixed up, and a file that breaks at a cut line; a
+    bad URL that ends in a traceback or shows a secret."""
+    for url in ["", "ftp://h/v1", "http://h:p/v1", f"http://a:{KEY}/v1"]:
+        assert judge(run, url) == 2 and "check --url" in refusal(capsys)
     server = serve(says(GRADES), says(GRADES), (401, ""))
     assert judge(run, server.url) == 2 and "AuthenticationError" in refusal(capsys)
     kept = {prompt for _, prompt, _ in lines(run / "answers.jsonl")}
@@ -201,8 +204,6 @@ def test_an_endpoint_without_answers_is_refused(answer, words, times, serve, run
 def test_the_key_is_sent_and_told_to_nobody(key, serve, run, monkeypatch, capsys) -> None:
     """Catches a key in a file, on the screen or sent elsewhere, a temperature that some refuse."""
     monkeypatch.setenv("R2D_API_KEY", key)
-    for url in ["", "ftp://h/v1", "http://h:p/v1", f"http://a:{KEY}/v1"]:
-        assert judge(run, url) == 2 and "check --url" in refusal(capsys)
     server = serve(says("{KEY}\n{KEY}"))
     assert judge(run, server.url) == 0 and zeroshot(run, server.url) == 0
     assert set(server.settings) == {(f"Bearer {key or 'R2D_API_KEY'}", "wise", False)}

@@ -1,25 +1,21 @@
 """The page of notebooks/page.py, read as a file and used in a browser.
 
-    PYTHONPATH=. python tests/test_page.py page.html page.png
-
-takes a picture of a page. Needs Chromium and playwright; without them those tests are skipped.
+Needs Chromium and playwright; without them the tests in a browser are skipped.
 """
 
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import page
+import picture
 import pytest
 from helpers import TINY, lines, read, refusal, status
 
 import data
 import r2d
 
-BROWSERS = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
-CHROMIUM = next(filter(None, BROWSERS), None)
 BAD = "</script><script>document.title = 'bad'</script><img src=x onerror=alert(1)>"
 TEXTS = [BAD, "\"double\" 'single' `back` ${1} \\n &amp;", "🚑 call \u2028 it", "<!-- b"]
 TEXTS.append("שלום עולם abc")
@@ -128,10 +124,10 @@ def test_bad_input_ends_in_one_line(folder: Path, tmp_path: Path, capsys, monkey
 def browser():
     reason = "needs playwright: pip install -r tests/requirements.txt"
     api = pytest.importorskip("playwright.sync_api", reason=reason)
-    if not CHROMIUM:
+    if not picture.CHROMIUM:
         pytest.skip("needs the browser Chromium on the PATH, such as apt-get install chromium")
     with api.sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield playwright.chromium.launch(executable_path=picture.CHROMIUM, args=["--no-sandbox"])
 
 
 @pytest.fixture
@@ -270,19 +266,3 @@ def test_screen_readers_are_told(visit) -> None:
     assert headings == [1, 3, 2]
     live = tab.locator("[aria-live=polite]").all_inner_texts()
     assert live == ["Note 1 of 4", *[text for card in shown(tab) for text in card]]
-
-
-if __name__ == "__main__":
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 860, "height": 1200})
-        tab.goto(Path(sys.argv[1]).resolve().as_uri())
-        tab.get_by_role("searchbox").fill("describes coughing up blood")  # the models differ on it
-        tab.get_by_role("button", name="home care").click()
-        top = tab.locator("#place").bounding_box()["y"] - 10  # from the note on
-        bottom = tab.get_by_role("article").last.bounding_box()
-        height = bottom["y"] + bottom["height"] - top + 10
-        clip = {"x": 0, "y": top, "width": 860, "height": height}
-        tab.screenshot(path=sys.argv[2], clip=clip)
