@@ -120,24 +120,24 @@ def test_bad_stage1_data_are_refused(file, capsys):
 
 
 # ---- bad options --------------------------------------------------------------------------------
-LEAST = {"stage1-steps": 1, "stage2-steps": 1, "batch-size": 1, "eval-every": 1, "width": 1}
-LEAST |= {"layers": 1, "heads": 1, "notes": 1, "limit": 1, "seed": 0, "max-source": 32}
-LEAST |= {"max-target": 2, "vocab-size": 400, "stage1-notes": 1}
 OPTIONS = {"--nonsense": "nonsense", "-x": "-x", "word": "word", "--lr": "--lr", "--out": "--out"}
 OPTIONS |= {"--eval=1": "--eval", "--no-stage1=1": "--no-stage1", "--init x": "x/spiece.model"}
 OPTIONS |= {"--stage 1 --method sft": "--stage 1", "--stage 1 --no-stage1": "--stage 1"}
 OPTIONS |= {"--eval": "stage2.pt", "--ask x": "stage2.pt", "--device mps --method dss": "mps"}
 OPTIONS |= {"--data t.csv": "t.csv", "--out f": "f", "--out f/run": "f", "--out f/a/b": "f"}
 OPTIONS |= {"--max-target 3": "label", "--given x": "--given", "--ask caf\udce9": "utf-8"}
-for name in ("warmup", "ramp", "cap", "alpha", "override", "dropout", "lr"):
-    for value in ("-0.01", "1.01", "nan", "x"):
+COUNTS = "stage1-steps stage2-steps batch-size eval-every width layers heads notes limit seed"
+for name in [*COUNTS.split(), "stage1-notes", "max-source", "max-target", "vocab-size"]:
+    for value in (-1, "1.5", 10**12):
         OPTIONS[f"--{name} {value}"] = name
-for name, least in LEAST.items():
-    for value in (least - 1, "1.5", 10**12):
+for name in "warmup ramp cap alpha override dropout lr".split():
+    for value in ("-0.01", "1.01", "nan", "x"):
         OPTIONS[f"--{name} {value}"] = name
 for name in "stage method schedule rationales stage1-rationales device dtype optimizer".split():
     for value in ("R2D", ""):
         OPTIONS[f"--{name} {value}"] = f"--{name}"
+for option in ("limit 0", "batch-size 0", "max-source 31", "max-target 1", "vocab-size 399"):
+    OPTIONS[f"--{option}"] = option.split()[0]
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -1,4 +1,7 @@
-"""model.py: each test names the bug it catches. The models are tiny and random."""
+"""model.py: weights, dropout, decoding, optimisers. The models are tiny and random.
+
+That all parts compute what transformers' T5 does (masks, padding, positions, loss): test_t5.py.
+"""
 
 import pytest
 import torch
@@ -42,39 +45,6 @@ def cut(ids: torch.Tensor, lengths: list[int], end: bool = False) -> torch.Tenso
     return ids
 
 
-# ---- Masks and padding.
-@both
-def test_causality(variant):
-    """Catches a causal mask that is missing, shifted, or hides more than the future."""
-    model = tiny(**variant, num_decoder_layers=1)
-    source = random_ids(2, 7)
-    labels = random_ids(2, 6, seed=1)
-    before = model(source, labels)
-    for t in range(5):
-        changed = labels.clone()
-        changed[:, t] = (labels[:, t] - 1) % 28 + 2  # another token
-        difference = (model(source, changed) - before).abs().amax(-1)  # (B, T)
-        assert (difference[:, : t + 1] < 1e-5).all()  # label t is read from position t + 1 on
-        assert (difference[:, t + 1 :] > 1e-3).all()
-
-
-@both
-def test_padding_does_not_change_the_loss(variant):
-    """Catches padding that is attended to in either attention, scored, or read by real tokens."""
-    model = tiny(**variant)
-    source_lengths = [9, 4, 1, 6]
-    target_lengths = [3, 5, 1, 4]
-    source = cut(random_ids(4, 9), source_lengths)
-    labels = cut(random_ids(4, 5, seed=1), target_lengths)
-    nll = model.nll(source, labels)
-    assert (nll == 0).equal(labels == 0)
-    for i in range(4):
-        source_i = source[i : i + 1, : source_lengths[i]]
-        labels_i = labels[i : i + 1, : target_lengths[i]]
-        alone = model.nll(source_i, labels_i)
-        torch.testing.assert_close(nll[i : i + 1, : target_lengths[i]], alone)
-
-
 @both
 def test_every_weight_gets_a_finite_gradient(variant):
     """Catches a layer that is never used, and a NaN from an example without rationale."""
@@ -86,7 +56,6 @@ def test_every_weight_gets_a_finite_gradient(variant):
     assert model.nll(random_ids(2, 4), torch.zeros(2, 1, dtype=torch.long)).tolist() == [[0], [0]]
 
 
-# ---- Weights, dropout and decoding. That all parts compute what T5's do: test_t5.py.
 @both
 def test_initialisation_is_t5s(variant):
     """Catches a q without the 1/sqrt(K) that attention leaves out, and any other wrong scale."""

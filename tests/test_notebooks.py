@@ -1,11 +1,5 @@
-"""The notebooks: executed at the size that NOTEBOOK_SIZE=tiny asks for, and what is kept of them.
+"""The notebooks: executed at the size that NOTEBOOK_SIZE=tiny asks for, what is kept of them."""
 
-    PYTHONPATH=. python tests/test_notebooks.py
-
-executes them at full size and keeps the outputs, with a fingerprint of the code that made them.
-"""
-
-import hashlib
 import re
 import shlex
 import shutil
@@ -19,31 +13,11 @@ from helpers import ROOT
 import r2d
 
 nbformat = pytest.importorskip("nbformat")  # notebooks/requirements.txt; CI has it
-nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("nbclient")
+from execute import NOTEBOOKS, code_cells, execute, fingerprint, source  # noqa: E402
 
 CORE = [ROOT / name for name in ("r2d.py", "model.py", "data.py", "metrics.py")]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 USAGE = (ROOT / "notebooks" / "usage.md").read_text(encoding="utf-8")
-
-
-def code_cells(book: dict) -> list:
-    return [cell for cell in book.cells if cell.cell_type == "code"]
-
-
-def source(book: dict) -> str:
-    return "\n".join(cell.source for cell in code_cells(book))
-
-
-def fingerprint(book: dict) -> str:
-    return hashlib.sha256(source(book).encode()).hexdigest()
-
-
-def execute(path: Path) -> dict:
-    """The notebook with the outputs of one execution from top to bottom."""
-    book = nbformat.read(path, 4)
-    nbclient.execute(book, cwd=path.parent, timeout=900, record_timing=False)
-    book.metadata["executed"] = fingerprint(book)
-    return book
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -109,8 +83,3 @@ def test_they_open_in_colab(path: Path, tmp_path: Path) -> None:
 def test_every_command_of_usage_has_options_that_exist(command: str, tmp_path: Path) -> None:
     """Catches an option that left."""
     r2d.parse_args([*shlex.split(command, comments=True), "--out", str(tmp_path)])
-
-
-if __name__ == "__main__":
-    for path in NOTEBOOKS:
-        nbformat.write(execute(path), path)

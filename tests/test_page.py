@@ -161,8 +161,13 @@ LABELS = ["one", "two", "<b>three</b>"]
 
 def test_every_label_shows_its_texts(visit) -> None:
     """Catches a button without effect or of another label, marks at the wrong words, a label that
-    is not named as gold or predicted, and a request or an error of the page."""
+    is not named as gold or predicted, a request or an error of the page; one without language or
+    headings, and texts that change unannounced."""
     tab = visit(LABELS, ["first text", "second text"])
+    assert tab.evaluate("document.documentElement.lang") == "en"
+    headings = [tab.get_by_role("heading", level=level).count() for level in (1, 2, 3)]
+    live = tab.locator("[aria-live=polite]").all_inner_texts()
+    assert headings == [1, 3, 2] and live[0] == "Note 1 of 2" and len(live) == 5
     buttons = tab.get_by_role("group", name="Label in the prompt").get_by_role("button")
     names = ["one\ngold label\npredicted by ● A\npredicted by ■ B", *LABELS[1:]]
     assert buttons.all_inner_texts() == names
@@ -256,13 +261,3 @@ def test_phone_and_dark(visit) -> None:
         assert (one["y"] == two["y"]) == (width == 900)
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         assert tab.evaluate("getComputedStyle(document.body).color") == colour
-
-
-def test_screen_readers_are_told(visit) -> None:
-    """Catches a page without language or headings, and texts that change unannounced."""
-    tab = visit(LABELS)
-    assert tab.evaluate("document.documentElement.lang") == "en"
-    headings = [tab.get_by_role("heading", level=level).count() for level in (1, 2, 3)]
-    assert headings == [1, 3, 2]
-    live = tab.locator("[aria-live=polite]").all_inner_texts()
-    assert live == ["Note 1 of 4", *[text for card in shown(tab) for text in card]]

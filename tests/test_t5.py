@@ -129,7 +129,8 @@ def test_greedy_tokens_equal_transformers(pair):
 
 def test_logits_loss_and_gradients_equal_transformers(pair):
     """Catches a weight in another's place, another network, an output scaled or tied wrongly, a
-    loss that counts padding, a loaded weight that is not trained, or twice."""
+    missing or shifted causal mask, padding that is attended to or scored, targets off by one,
+    wrong position buckets or biases; a loaded weight that is not trained, or twice."""
     peer, ours = pair
     source = random_batch([200, 140, 1, 3])  # beyond 128, where position buckets end
     target = random_batch([180, 150, 1, 4])
