@@ -16,6 +16,7 @@ from helpers import TINY, lines, read, refusal, status
 import data
 import r2d
 
+pytestmark = pytest.mark.usefixtures("here")
 BAD = "</script><script>document.title = 'bad'</script><img src=x onerror=alert(1)>"
 TEXTS = [BAD, "\"double\" 'single' `back` ${1} \\n &amp;", "🚑 call \u2028 it", "<!-- b"]
 TEXTS.append("שלום עולם abc")
@@ -113,7 +114,6 @@ def test_bad_input_ends_in_one_line(folder: Path, tmp_path: Path, capsys, monkey
     wrong = [folder / "nix", folder / "sft", folder / "seed", folder / "many", unfinished, damaged]
     for run in wrong:
         assert run.name in refusal(capsys, page.main, a, run, out)
-    assert not out.exists()
     monkeypatch.setattr(page, "read_run", None)  # what follows ends before a run is read
     for target in (folder / "b", a / "stage2.pt", tmp_path / "nix" / "page.html"):
         assert str(target) in refusal(capsys, page.main, a, target)
