@@ -35,21 +35,12 @@ def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, 30, (rows, length), generator=generator)
 
 
-def cut(ids: torch.Tensor, lengths: list[int], end: bool = False) -> torch.Tensor:
-    """The rows cut to these lengths, the rest padding; `end`: each ends with the end token."""
-    ids = ids.clone()
-    for row, length in enumerate(lengths):
-        ids[row, length:] = 0
-        if end:
-            ids[row, length - 1] = 1
-    return ids
-
-
 @both
 def test_every_weight_gets_a_finite_gradient(variant):
     """Catches a layer that is never used, and a NaN from an example without rationale."""
     model = tiny(**variant)
-    labels = cut(random_ids(4, 5, seed=1), [5, 3, 0, 2])
+    labels = random_ids(4, 5, seed=1)
+    labels[2] = 0
     model.nll(random_ids(4, 6), labels).sum().backward()
     for name, weight in model.named_parameters():
         assert weight.grad.isfinite().all() and weight.grad.any(), name
@@ -126,7 +117,6 @@ def test_an_update_moves_each_weight_by_its_rate(name):
     assert name == "adamw" or matrices == {g["params"][0] for g in optimizers[0].param_groups}
 
 
-# ---- The whole.
 def test_bfloat16_trains_and_decodes():
     """Catches a mask or cache of another type than its tensors, seen only with --dtype bfloat16."""
     model, source, labels = tiny(), random_ids(2, 5), random_ids(2, 4, seed=1)
@@ -135,18 +125,3 @@ def test_bfloat16_trains_and_decodes():
         nll.sum().backward()
         assert model.generate(source, 4).shape == (2, 4) and nll.dtype == torch.float32
     torch.testing.assert_close(nll, model.nll(source, labels), rtol=0.05, atol=0.1)
-
-
-@both
-def test_overfits_one_batch_and_says_it_by_heart(variant):
-    """Catches almost any bug: a model must learn eight targets of different lengths by heart."""
-    model = tiny(**variant)
-    source = random_ids(8, 6)
-    labels = cut(random_ids(8, 5, seed=1), [5, 1, 4, 2, 3, 5, 2, 4], end=True)
-    adam = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(120):
-        loss = model.nll(source, labels).sum() / (labels != 0).sum()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    assert loss < 0.05 and model.generate(source, 5).equal(labels)

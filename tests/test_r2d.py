@@ -185,7 +185,7 @@ def test_rates(easy_run, tmp_path):
 
 
 def test_a_few_notes_are_learned_by_heart(tmp_path):
-    """Catches any break between prompts, model, loss, optimiser and decoding."""
+    """Catches any break between prompts, model, loss, optimiser and decoding (overfitting)."""
     more = ["--data", write_folder(tmp_path), "--limit", "8", "--width", "64", "--lr", "0.05"]
     more += ["--no-stage1", "--stage2-steps", "80", "--schedule", "none"]
     assert start(tmp_path / "run", *more) == 0
