@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
 import random
+import re
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,16 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = ["config.json", "last.pt", "log.jsonl", "metrics.json", "predictions.jsonl"]
 FILES += ["stage1.pt", "stage2.pt", "tokenizer.model"]  # what a run leaves
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1234\n"
+TINY = "--limit 48 --stage1-steps 4 --stage2-steps 8 --eval-every 4 --batch-size 8 --width 16"
+TINY += " --heads 2 --layers 1 --vocab-size 400 --max-target 24 --device cpu"
+TINY = TINY.split()
+
+
+class Evil:
+    """Unpickled, it makes a folder; it could as well have emptied one."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("evil",)
 
 
 def read(path: Path) -> dict:
@@ -26,6 +39,30 @@ def lines(path: Path) -> list:
 
 def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+def status(main: Callable, *arguments: object) -> int:
+    """Of r2d.py or a script: what main returns, or what argparse ends the program with."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return end.code
+
+
+def tree() -> dict[Path, bytes]:
+    """All that is in the working folder."""
+    return {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
+
+
+def refusal(capsys: pytest.CaptureFixture, main: Callable, *arguments: object) -> str:
+    """The one line, with status 2, that refuses these arguments. No file is made or changed."""
+    before = tree()
+    capsys.readouterr()
+    assert status(main, *arguments) == 2
+    message = capsys.readouterr().err
+    assert re.fullmatch(r"\w+\.py: .*\n", message) and len(message) < 1500, message
+    assert tree() == before
+    return message
 
 
 def same(one: object, two: object) -> bool:

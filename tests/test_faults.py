@@ -135,19 +135,6 @@ def test_ctrl_c_says_how_to_go_on(place, options, undisturbed, tmp_path, monkeyp
     check_same(tmp_path / "run", undisturbed)
 
 
-def test_early_stopping_counts_across_an_interruption(options, tmp_path, monkeypatch):
-    """Catches a resume that forgets the best score or how often it was missed. The second Ctrl-C
-    comes when the stage is over but for its checkpoint."""
-    monkeypatch.setattr(r2d, "validate", lambda run, stage: {"val_loss": 1.0})
-    command = [*options, "--out", str(tmp_path / "run"), "--stage", "1", "--eval-every", "1"]
-    at_call("r2d.stage1_loss", "", 3, KeyboardInterrupt(), monkeypatch)
-    assert r2d.main(command) == 130
-    at_call("Path.replace", "stage1.pt", 1, KeyboardInterrupt(), monkeypatch)
-    assert r2d.main(command) == 130
-    assert r2d.main(command) == 0
-    assert len(lines(tmp_path / "run" / "log.jsonl")) == 4  # the first is the best; patience 3
-
-
 def test_stage_1_then_stage_2_is_the_whole_job(options, undisturbed, tmp_path, capsys):
     """Catches a stage 2 that repeats stage 1, reads other weights or loses its log, and a
     finished run that is not left alone."""

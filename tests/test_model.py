@@ -1,14 +1,13 @@
-"""model.py: each test names the bug it catches. The models are tiny and random."""
+"""model.py: weights, dropout, decoding, optimisers. The models are tiny and random.
 
-import math
-from functools import cache
+That all parts compute what transformers' T5 does (masks, padding, positions, loss): test_t5.py.
+"""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from model import Attention, ModelConfig, Transformer, relative_position_bucket
+from model import ModelConfig, Transformer
 
 V10 = {"gated": False, "tied": True, "scaled": True}
 V11 = {"gated": True, "tied": False, "scaled": False}
@@ -36,158 +35,16 @@ def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, 30, (rows, length), generator=generator)
 
 
-def cut(ids: torch.Tensor, lengths: list[int], end: bool = False) -> torch.Tensor:
-    """The rows cut to these lengths, the rest padding; `end`: each ends with the end token."""
-    ids = ids.clone()
-    for row, length in enumerate(lengths):
-        ids[row, length:] = 0
-        if end:
-            ids[row, length - 1] = 1
-    return ids
-
-
-def other_token(ids: torch.Tensor) -> torch.Tensor:
-    """Another token for each, again neither padding nor the end token."""
-    return (ids - 1) % 28 + 2
-
-
-def fit(model: Transformer, source: torch.Tensor, labels: torch.Tensor, steps: int) -> float:
-    """Train on one batch; the loss of the last step in nats per token."""
-    model.train()
-    adam = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(steps):
-        loss = model.nll(source, labels).sum() / (labels != 0).sum()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    model.eval()
-    return loss.item()
-
-
-@cache
-def talkative(seed: int, gated: bool = False) -> tuple[Transformer, torch.Tensor]:
-    """A model trained for a moment, and 24 sources for which it stops early, late and never."""
-    variant = V11 if gated else V10
-    model = tiny(seed, **variant)
-    source = cut(random_ids(16, 6, seed), [6 - i % 5 for i in range(16)])
-    labels = cut(random_ids(16, 9, seed), [1 + i % 9 for i in range(16)], end=True)
-    fit(model, source, labels, 20)
-    return model, torch.cat([source, random_ids(8, 6, seed + 9)])
-
-
-@torch.no_grad()
-def generate_plain(model: Transformer, source: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-    """Greedy decoding without a cache: the whole model over all tokens for each new one."""
-    tokens = torch.zeros(len(source), max_new_tokens, dtype=torch.long)
-    done = torch.zeros(len(source), dtype=torch.bool)
-    for t in range(max_new_tokens):
-        logits = model(source, tokens[:, : t + 1])[:, t]  # column t is never read
-        tokens[:, t] = logits.argmax(-1).masked_fill(done, 0)
-        done = done | (tokens[:, t] == 1)
-    return tokens
-
-
-# ---- Masks and padding.
-@both
-def test_causality(variant):
-    """Catches a causal mask that is missing, shifted, or hides more than the future."""
-    model = tiny(**variant, num_decoder_layers=1)
-    source = random_ids(2, 7)
-    labels = random_ids(2, 6, seed=1)
-    before = model(source, labels)
-    for t in range(5):
-        changed = labels.clone()
-        changed[:, t] = other_token(labels[:, t])
-        difference = (model(source, changed) - before).abs().amax(-1)  # (B, T)
-        assert (difference[:, : t + 1] < 1e-5).all()  # label t is read from position t + 1 on
-        assert (difference[:, t + 1 :] > 1e-3).all()
-
-
-@both
-def test_padding_does_not_change_the_loss(variant):
-    """Catches padding that is attended to in either attention, scored, or read by real tokens."""
-    model = tiny(**variant)
-    source_lengths = [9, 4, 1, 6]
-    target_lengths = [3, 5, 1, 4]
-    source = cut(random_ids(4, 9), source_lengths)
-    labels = cut(random_ids(4, 5, seed=1), target_lengths)
-    nll = model.nll(source, labels)
-    assert (nll == 0).equal(labels == 0)
-    for i in range(4):
-        source_i = source[i : i + 1, : source_lengths[i]]
-        labels_i = labels[i : i + 1, : target_lengths[i]]
-        alone = model.nll(source_i, labels_i)
-        torch.testing.assert_close(nll[i : i + 1, : target_lengths[i]], alone)
-
-
 @both
 def test_every_weight_gets_a_finite_gradient(variant):
     """Catches a layer that is never used, and a NaN from an example without rationale."""
     model = tiny(**variant)
-    labels = cut(random_ids(4, 5, seed=1), [5, 3, 0, 2])
+    labels = random_ids(4, 5, seed=1)
+    labels[2] = 0
     model.nll(random_ids(4, 6), labels).sum().backward()
     for name, weight in model.named_parameters():
         assert weight.grad.isfinite().all() and weight.grad.any(), name
     assert model.nll(random_ids(2, 4), torch.zeros(2, 1, dtype=torch.long)).tolist() == [[0], [0]]
-
-
-# ---- Parts, by hand.
-def test_the_decoder_reads_its_target_off_by_exactly_one():
-    """Catches a decoder input shifted by none or two, or one that does not start with padding."""
-    model, read = tiny(), []
-    model.embedding.register_forward_pre_hook(lambda _, ids: read.append(ids[0].tolist()))
-    model(torch.tensor([[5], [6]]), torch.tensor([[7, 8, 1], [9, 1, 0]]))
-    assert read == [[[5], [6]], [[0, 7, 8], [0, 9, 1]]]
-
-
-# 8 buckets up to distance 16, as {distance: bucket}. The decoder: 0..3 have one each, then
-# 4 + floor(4 ln(d/4) / ln 4). The encoder, 4 a side: 0 and 1, then 2 + floor(2 ln(d/2) / ln 8).
-CAUSAL = {0: 0, -1: 1, -2: 2, -3: 3, -4: 4, -5: 4, -6: 5, -7: 5, -8: 6, -11: 6, -12: 7, -15: 7}
-CAUSAL |= {-16: 7, -17: 7, -1000: 7, 1: 0, 5: 0, 1000: 0}
-TWO_SIDES = {0: 0, -1: 1, -2: 2, -5: 2, -6: 3, -15: 3, -16: 3, -1000: 3}
-TWO_SIDES |= {1: 5, 2: 6, 5: 6, 6: 7, 16: 7, 1000: 7}
-
-
-@pytest.mark.parametrize(("bidirectional", "table"), [(False, CAUSAL), (True, TWO_SIDES)])
-def test_relative_position_bucket_by_hand(bidirectional, table):
-    """Catches buckets off by one, sides swapped, and far distances that leave the table."""
-    buckets = relative_position_bucket(torch.tensor(list(table)), bidirectional, 8, 16)
-    assert buckets.tolist() == list(table.values())
-
-
-def test_position_bias_is_key_minus_query():
-    """Catches a transposed bias, the encoder's and the decoder's exchanged, or no causal mask."""
-    model = tiny(num_heads=1, n_buckets=8, max_distance=16)
-    with torch.no_grad():
-        model.encoder_bias.weight[:, 0] = torch.arange(8.0)
-        model.decoder_bias.weight[:, 0] = torch.arange(8.0) + 10
-    assert model.position_bias(3, causal=False).tolist() == [[[[0, 5, 6], [1, 0, 5], [2, 1, 0]]]]
-    causal = [[10, -math.inf, -math.inf], [11, 10, -math.inf], [12, 11, 10]]
-    assert model.position_bias(3, causal=True).tolist() == [[causal]]
-
-
-def test_attention_by_hand_is_not_scaled():
-    """Catches a division by sqrt(K), and keys in the place of values. One head, K = 4."""
-    attention = Attention(ModelConfig(**SHAPE | {"d_model": 4, "num_heads": 1, "d_kv": 4}))
-    for layer, factor in [("q", 1), ("k", 1), ("v", 3), ("o", 1)]:
-        getattr(attention, layer).weight = nn.Parameter(factor * torch.eye(4))
-    x = torch.tensor([[[1.0, 0, 0, 0], [0, 1, 0, 1]]])
-    bias = torch.tensor([[[[0.0, 0.5], [0, 0]]]])
-    y = attention(x, attention.keys_values(x), bias)
-    # Scores with bias: 1 and 0.5 for the first token, 0 and 2 for the second; values are 3 x.
-    s = 3 / (1 + math.exp(-0.5))
-    r = 3 / (1 + math.exp(2))
-    torch.testing.assert_close(y, torch.tensor([[[s, 3 - s, 0, 3 - s], [r, 3 - r, 0, 3 - r]]]))
-
-
-def test_nll_is_the_cross_entropy_of_forward():
-    """Catches a loss that is averaged, in bits, or of another position's target."""
-    model = tiny()
-    source = random_ids(3, 5)
-    labels = cut(random_ids(3, 4, seed=1), [4, 1, 3])
-    logits = model(source, labels).transpose(1, 2)  # (B, V, T)
-    expected = F.cross_entropy(logits, labels, reduction="none", ignore_index=0)
-    torch.testing.assert_close(model.nll(source, labels), expected)
 
 
 @both
@@ -217,26 +74,12 @@ def test_dropout_stands_where_t5_has_it():
     assert calls == [0.5] * (4 + 2 * 4 + 2 * 6)
 
 
-# ---- Decoding.
-@pytest.mark.parametrize("gated", [False, True])
-def test_cached_decoding_equals_plain_decoding(gated):
-    """Catches a cache or a mask of the wrong rows or positions, and text after the end."""
-    ends = set()
-    for seed in range(3):
-        model, source = talkative(seed, gated)
-        plain = generate_plain(model, source, 6)
-        assert model.generate(source, 6).equal(plain)
-        for row in plain.tolist():
-            ends.add(row.index(1) if 1 in row else "never")
-    assert ends >= {0, 1, 2, 3, 4, "never"}  # else no row left the batch before others
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_generate_inside_a_training_step(training):
     """Catches labels sampled with dropout on, a graph that is kept, a mode that is not restored."""
     model = tiny(dropout=0.5)
     source = random_ids(8, 5)
-    expected = generate_plain(model, source, 6)
+    expected = model.generate(source, 6)
     graphs = []
     model.decoder[0].register_forward_hook(lambda _, x, output: graphs.append(output.requires_grad))
     model.train(training)
@@ -245,7 +88,7 @@ def test_generate_inside_a_training_step(training):
     assert {module.training for module in model.modules()} == {training}
 
 
-# ---- The optimisers and the whole.
+# ---- The optimisers.
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_an_update_moves_each_weight_by_its_rate(name):
     """Catches a weight with no rate or two, one at 0 for ever, torch's scale of Muon (a fifth)."""
@@ -274,7 +117,6 @@ def test_an_update_moves_each_weight_by_its_rate(name):
     assert name == "adamw" or matrices == {g["params"][0] for g in optimizers[0].param_groups}
 
 
-# ---- The whole.
 def test_bfloat16_trains_and_decodes():
     """Catches a mask or cache of another type than its tensors, seen only with --dtype bfloat16."""
     model, source, labels = tiny(), random_ids(2, 5), random_ids(2, 4, seed=1)
@@ -283,13 +125,3 @@ def test_bfloat16_trains_and_decodes():
         nll.sum().backward()
         assert model.generate(source, 4).shape == (2, 4) and nll.dtype == torch.float32
     torch.testing.assert_close(nll, model.nll(source, labels), rtol=0.05, atol=0.1)
-
-
-@both
-def test_overfits_one_batch_and_says_it_by_heart(variant):
-    """Catches almost any bug: a model must learn eight targets of different lengths by heart."""
-    model = tiny(**variant)
-    source = random_ids(8, 6)
-    labels = cut(random_ids(8, 5, seed=1), [5, 1, 4, 2, 3, 5, 2, 4], end=True)
-    assert fit(model, source, labels, 120) < 0.05
-    assert model.generate(source, 5).equal(labels)

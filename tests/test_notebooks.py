@@ -1,11 +1,5 @@
-"""The notebooks: executed at the size that NOTEBOOK_SIZE=tiny asks for, and what is kept of them.
+"""The notebooks: executed at the size that NOTEBOOK_SIZE=tiny asks for, what is kept of them."""
 
-    PYTHONPATH=. python tests/test_notebooks.py
-
-executes them at full size and keeps the outputs, with a fingerprint of the code that made them.
-"""
-
-import hashlib
 import re
 import shlex
 import shutil
@@ -14,36 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 import r2d
 
 nbformat = pytest.importorskip("nbformat")  # notebooks/requirements.txt; CI has it
-nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("nbclient")
+from execute import NOTEBOOKS, code_cells, execute, fingerprint, source  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 CORE = [ROOT / name for name in ("r2d.py", "model.py", "data.py", "metrics.py")]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 USAGE = (ROOT / "notebooks" / "usage.md").read_text(encoding="utf-8")
-
-
-def code_cells(book: dict) -> list:
-    return [cell for cell in book.cells if cell.cell_type == "code"]
-
-
-def source(book: dict) -> str:
-    return "\n".join(cell.source for cell in code_cells(book))
-
-
-def fingerprint(book: dict) -> str:
-    return hashlib.sha256(source(book).encode()).hexdigest()
-
-
-def execute(path: Path) -> dict:
-    """The notebook with the outputs of one execution from top to bottom."""
-    book = nbformat.read(path, 4)
-    nbclient.execute(book, cwd=path.parent, timeout=900, record_timing=False)
-    book.metadata["executed"] = fingerprint(book)
-    return book
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -74,11 +48,13 @@ def test_kept_outputs_belong_to_the_code(path: Path) -> None:
 
 
 def test_they_redefine_nothing_of_the_core() -> None:
-    """Catches a copy of the core in a notebook, which would soon differ from it."""
+    """Catches a copy of the core in a notebook, which would soon differ from it; a method that has
+    another colour in one notebook than in the next."""
     core = "\n".join([file.read_text(encoding="utf-8") for file in CORE])
     own = "\n".join([source(nbformat.read(path, 4)) for path in NOTEBOOKS])
     names = [set(re.findall(r"^(?:def|class) (\w+)", text, re.M)) for text in (core, own)]
     assert len(NOTEBOOKS) == 4 and names[0] and names[1] and not names[0] & names[1]
+    assert "draw.METHODS" in own and not re.search("#[0-9A-F]{6}|colors?=.?(C[0-9]|tab:)", own)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -103,18 +79,7 @@ def test_they_open_in_colab(path: Path, tmp_path: Path) -> None:
         assert subprocess.check_output(code, cwd=tmp_path, text=True).strip() == place
 
 
-def test_colours_are_those_of_draw() -> None:
-    """Catches a method that has another colour in one notebook than in the next."""
-    own = "\n".join([source(nbformat.read(path, 4)) for path in NOTEBOOKS])
-    assert "draw.METHODS" in own and not re.search("#[0-9A-F]{6}|colors?=.?(C[0-9]|tab:)", own)
-
-
 @pytest.mark.parametrize("command", re.findall(r"^python r2d\.py (.*)", USAGE, re.M))
 def test_every_command_of_usage_has_options_that_exist(command: str, tmp_path: Path) -> None:
     """Catches an option that left."""
     r2d.parse_args([*shlex.split(command, comments=True), "--out", str(tmp_path)])
-
-
-if __name__ == "__main__":
-    for path in NOTEBOOKS:
-        nbformat.write(execute(path), path)

@@ -1,9 +1,9 @@
-"""Ours against a transformers T5 trained as the paper's stage 2 is: python tests/bench.py
+"""Ours against a transformers T5 trained as the paper's stage 2 is: python notebooks/bench.py
 
 Both have the same weights, train on the same notes, with AdamW and without dropout, in turn, in one
 process; a row has medians and their ratio (above 1: ours is better). The peer takes notes in the
 order of the data, generates labels for the whole batch, then draws the coins. A row more has ours
-with Muon, the default. Prints a table, then JSON.
+with Muon, the default. Prints a table, then JSON. Needs tests/requirements.txt, as race.py does.
 """
 
 import argparse
@@ -21,11 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import r2d  # noqa: E402
-from data import Example, columns, make_batches  # noqa: E402
-from model import rename_t5  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import r2d
+from data import Example, columns, make_batches
+from model import rename_t5
 
 SIZES = {"default": [], "t5-small": "--width 512 --layers 6 --heads 8 --vocab-size 8000".split()}
 SIZES["tiny"] = "--width 16 --layers 1 --heads 2 --vocab-size 400 --notes 100".split()
@@ -200,7 +199,7 @@ from transformers import Seq2SeqTrainer, T5ForConditionalGeneration, T5Tokenizer
 def compare_processes(o: argparse.Namespace, rows: dict) -> None:
     seconds = in_turn(
         min(o.tries, 5),
-        lambda i: subprocess.run([sys.executable, ROOT / "r2d.py", "-h"], capture_output=True),
+        lambda i: subprocess.run([sys.executable, r2d.__file__, "-h"], capture_output=True),
         lambda i: subprocess.run([sys.executable, "-c", PEER_IMPORTS], capture_output=True),
     )
     show(rows, "start (ours: -h; the peer's: imports)", "s", *seconds)

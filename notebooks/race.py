@@ -1,7 +1,7 @@
 """What is learned in a minute: ours against a transformers T5 trained as the paper trains it.
 
-    python tests/race.py --seeds 0 1 2 --out race          # writes race/race.json, prints a table
-    python tests/race.py --draw race/race.json race.png    # a picture of it
+    python notebooks/race.py --seeds 0 1 2 --out race       # writes race/race.json, prints a table
+    python notebooks/race.py --draw race/race.json race.png # a picture of it
 
 Same shape, same notes, same tokenizer, same cores, in turn, each a process of its own. Its clock
 starts with the process and stands still while it is measured, on 300 validation notes. Ours is the
@@ -19,8 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 BEGAN = time.perf_counter()  # before the imports, which take their time, too
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import metrics  # noqa: E402
 import r2d  # noqa: E402
 from data import columns, make_batches  # noqa: E402
