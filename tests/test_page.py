@@ -262,4 +262,4 @@ def test_screen_readers_are_told(visit) -> None:
     headings = [tab.get_by_role("heading", level=level).count() for level in (1, 2, 3)]
     assert headings == [1, 3, 2]
     live = tab.locator("[aria-live=polite]").all_inner_texts()
-    assert live == ["Note 1 of 4", *[text for card in shown(tab) for text in card]]
+    assert live == ["Note 1 of 5", *[text for card in shown(tab) for text in card]]
