@@ -6,7 +6,6 @@
 In the paper's order; files and options come last. For study, not for patients.
 """
 
-import argparse
 import copy
 import io
 import json
@@ -15,6 +14,7 @@ import os
 import random
 import statistics
 import sys
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,7 +40,7 @@ AT_ONCE = 128  # prompts in one pass of the model; decoding 64 took a quarter lo
 class Run:
     """What all parts of a run share."""
 
-    options: argparse.Namespace
+    options: Namespace
     dataset: Dataset
     tokenizer: Tokenizer
     model: Transformer
@@ -419,9 +419,8 @@ def between(low: float, high: float, kind: type) -> dict:
     return {"type": parse, "metavar": f"{low}..{high}"}
 
 
-def make_parser() -> argparse.ArgumentParser:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser("r2d.py", usage=argparse.SUPPRESS, formatter_class=formatter)
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser("r2d.py", SUPPRESS, formatter_class=ArgumentDefaultsHelpFormatter)
     share, count = between(0, 1, float), between(1, 10**6, int)
     add = parser.add_argument_group("method").add_argument
     add("--stage", type=int, choices=[1, 2], default=2, help="1: stop after stage 1")
@@ -439,8 +438,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--notes", **count, default=1000, help="triage: training notes")
     add("--stage1-notes", **count, help="triage: notes whose rationales stage 1 has (as --notes)")
     add("--stage1-data", help="rationales for stage 1: a file with question,rationale")
-    voices = ["llm", "nurse", "post", "reasons"]
-    add("--rationales", choices=voices[:3], default="llm", help="triage: whose style is learned")
+    voices = list(data.VOICES)  # the last, reasons, is for stage 1 alone
+    add("--rationales", choices=voices[:-1], default="llm", help="triage: whose style is learned")
     add("--stage1-rationales", choices=voices, default="llm", help="reasons: llm without the label")
     add("--limit", **count, help="at most so many examples of each split, for trying")
     add("--max-source", **between(32, 4096, int), default=256, help="tokens of a prompt at most")
@@ -470,7 +469,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+def parse_args(arguments: list[str] | None) -> Namespace:
     """The options; a run in --out fixes its own. A wrong one ends the program with status 2."""
     parser = make_parser()
     o = parser.parse_args(arguments)
@@ -503,7 +502,7 @@ def load_init(folder: Path, dropout: float) -> tuple[Tokenizer, Transformer]:
     return tokenizer, model
 
 
-def setup(o: argparse.Namespace) -> Run:
+def setup(o: Namespace) -> Run:
     """Data, tokenizer and untrained model of a run. Raises InputError; writes nothing."""
     config = read_config(o.out)
     if o.ask is None:
@@ -512,8 +511,7 @@ def setup(o: argparse.Namespace) -> Run:
         if o.method != "sft" and not any(columns(dataset.train)[2]):
             raise InputError(f"{o.data}: no rationales in train; use --method sft")
         if uses_stage1 and not (dataset.stage1_train and dataset.stage1_val):
-            file = o.stage1_data or o.data
-            raise InputError(f"{file}: no rationales for stage 1 in val; use --no-stage1")
+            raise InputError(f"{o.stage1_data or o.data}: no rationales for stage 1 (--no-stage1)")
     else:
         dataset = Dataset(config.get("labels", []))  # the folder of the run is enough
     questions, _, rationales = columns(dataset.train + dataset.stage1_train)
@@ -546,7 +544,7 @@ def ask(run: Run) -> None:
         print(f"rationale  {generate_texts(run, prompts, o.max_target)[0]}")
 
 
-def run_command(o: argparse.Namespace) -> None:
+def run_command(o: Namespace) -> None:
     """Answer --ask, evaluate, or train and evaluate what is not done yet."""
     done = set(os.listdir(o.out)) if o.out.is_dir() else set()
     if o.ask is not None and "stage2.pt" not in done:
