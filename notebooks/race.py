@@ -140,10 +140,11 @@ def table(rows: list[dict]) -> str:
 
 def draw(rows: list[dict], picture: str) -> None:
     import matplotlib.pyplot as plt
+    import numpy as np
 
     titles = {"macro_f1": "macro-F1", "bleu_gold": "BLEU, gold label"}
     titles["bleu_predicted"] = "BLEU, predicted label"
-    fig, axes = plt.subplots(1, 3, figsize=(8, 3), sharex=True, layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(7, 3), sharex=True, layout="constrained")
     for ax, (key, title) in zip(axes, titles.items(), strict=True):
         for who, colour, marker in [("ours", "#0072B2", "s"), ("peer", "#7F7F7F", "o")]:
             for seed in sorted({row["seed"] for row in rows}):
@@ -153,11 +154,12 @@ def draw(rows: list[dict], picture: str) -> None:
                 label = {"ours": "ours", "peer": "transformers T5"}[who] if seed == 0 else None
                 ax.plot(x, y, color=colour, marker=marker, markersize=3, linewidth=1, label=label)
         ax.set(title=title, xlabel="seconds", xlim=(0, None), ylim=(0, 100))
-    axes[0].legend(loc="lower right")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     ends = {}
     for who in ("ours", "peer"):
-        last = [row for row in rows if row["who"] == who and row["seed"] == rows[0]["seed"]][-1]
-        ends[who] = "{macro_f1:.0f} after {seconds:.0f} s".format(**last)
+        last = {row["seed"]: row for row in rows if row["who"] == who}.values()  # of each seed
+        macro_f1, seconds = [np.mean([row[key] for row in last]) for key in ("macro_f1", "seconds")]
+        ends[who] = f"{macro_f1:.0f} after {seconds:.0f} s"
     fig.suptitle("macro-F1: ours {ours}, transformers T5 {peer}".format(**ends))
     fig.savefig(picture, dpi=150)
 
