@@ -80,15 +80,14 @@ article, blockquote { margin: 0; padding: 0 1rem; border: 2px solid }
 [aria-pressed=true] { background: CanvasText; color: Canvas }
 article [aria-live] { min-height: 3em }
 </style>
-<h1>Flip the label: does the rationale follow?</h1>
+<main hidden><h1>Flip the label: does the rationale follow?</h1>
 <p>Give the models a wrong label: which of them argues for it? <mark>Yellow</mark>: words that are
 not in the text under the predicted label. Flipped: a wrong label that is not predicted.</p>
 <label>Search the notes <input id="search" type="search"></label>
 <button id="next">Next note</button> <button id="wrong">Next with a wrong prediction</button>
 <h2 id="place" aria-live="polite"></h2><blockquote><p id="note" dir="auto"></p></blockquote>
 <h2 id="choice">Label in the prompt</h2><section role="group" aria-labelledby="choice"></section>
-<h2>Rationales</h2><div id="runs"></div>
-<script>
+<h2>Rationales</h2><div id="runs"></div><script>
 const { labels, questions, gold, runs } = DATA;
 const get = (query) => document.querySelector(query);
 const add = (to, tag, more) => to.appendChild(Object.assign(document.createElement(tag), more));
@@ -143,6 +142,7 @@ const follow = (i, l) => runs.map((run) => run.answers[l * questions.length + i]
 const flipped = (i, l) => labels[l] != gold[i] && runs.every((run) => run.predicted[i] == gold[i]);
 const differ = ([i, l]) => flipped(i, l) && new Set(follow(i, l)).size > 1;
 show(...(pairs.find(differ) ?? [0, 0]));  // begin where the runs differ
+get("main").hidden = false;  // all at once: nothing moves
 </script>
 """
 
