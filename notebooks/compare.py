@@ -138,6 +138,14 @@ def table(rows: dict, base: str) -> str:
     return "\n".join(lines)
 
 
+def finish(runs: dict[str, list[dict]], seeds: list[int], base: str, out: Path) -> None:
+    """Write compare.json and print the table."""
+    rows = summarize(runs, seeds, base)
+    content = json.dumps(rows, indent=2, allow_nan=False)
+    r2d.write_file(out / "compare.json", content.encode())
+    print("\n" + table(rows, base))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0 done, 2 bad input, 130 stopped by Ctrl-C."""
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
@@ -160,13 +168,10 @@ def main(arguments: list[str] | None = None) -> int:
             if status != 0:
                 return status
             runs[item].append(read_run(r2d.parse_args(run_arguments).out))
-        rows = summarize(runs, seeds, base)
-        content = json.dumps(rows, indent=2, allow_nan=False)
-        r2d.write_file(args.out / "compare.json", content.encode())
+        finish(runs, seeds, base, args.out)
     except (InputError, OSError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
-    print("\n" + table(rows, base))
     return 0
 
 

@@ -113,13 +113,10 @@ def main(arguments: list[str] | None = None) -> int:
         for seed in args.seeds:
             for item in runs:
                 runs[item].append(train(item, seed, args.out, further))
-        rows = compare.summarize(runs, args.seeds, "r2d")
-        content = json.dumps(rows, indent=2, allow_nan=False)
-        r2d.write_file(args.out / "compare.json", content.encode())
+        compare.finish(runs, args.seeds, "r2d", args.out)
     except (InputError, OSError) as error:
         print(f"why.py: {error}", file=sys.stderr)
         return 2
-    print("\n" + compare.table(rows, "r2d"))
     return 0
 
 
