@@ -251,14 +251,14 @@ def train(
     progress = Progress(stage)
     optimizers = run.model.make_optimizers(o.optimizer)
     if (o.out / "last.pt").exists():
-        saved = load(run, "last.pt")
-        progress.log = saved["progress"]["log"]
-        if saved["progress"]["stage"] < stage:  # a save of stage 1, which is done
-            load(run, "stage1.pt")
-        else:
-            vars(progress).update(saved["progress"])
-            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
+        with reading(o.out / "last.pt", "start over in another --out"):
+            saved = torch.load(o.out / "last.pt", map_location=o.device, weights_only=True)
+            progress.log = saved["progress"]["log"]
+            if saved["progress"]["stage"] == stage:  # of a save of stage 1 the log is enough
+                vars(progress).update(saved["progress"])
+                run.model.load_state_dict(saved["weights"])
+                for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                    optimizer.load_state_dict(state)
     batches = []  # of all updates
     epoch = 0
     while len(batches) < steps:
@@ -379,13 +379,12 @@ def save(run: Run, name: str, **more) -> None:
     write_file(run.options.out / name, buffer.getvalue())
 
 
-def load(run: Run, name: str) -> dict:
-    """The content of a checkpoint, whose weights go into the model. Raises InputError."""
+def load(run: Run, name: str) -> None:
+    """Put the weights of a checkpoint into the model. Raises InputError."""
     path = run.options.out / name
     with reading(path, "train it first, or give another --out"):
         saved = torch.load(path, map_location=run.options.device, weights_only=True)
         run.model.load_state_dict(saved["weights"])
-    return saved
 
 
 def read_config(out: Path) -> dict:
@@ -487,6 +486,8 @@ def parse_args(arguments: list[str] | None) -> Namespace:
         parser.error(f"{WORLD} processes need a batch of as many examples; start fewer")
     if o.stage == 1 and (o.method != "r2d" or o.no_stage1 or o.eval):
         parser.error("--stage 1: is training, of --method r2d alone, without --no-stage1")
+    if o.ask is not None and not o.ask.encode().strip():  # encode: raises if it is not UTF-8
+        parser.error("--ask: the text is empty")
     if o.given is not None and (o.ask is None or o.method != "r2d"):
         parser.error("--given: needs --ask, and a run of --method r2d")
     return o

@@ -219,6 +219,22 @@ def test_two_processes_are_one_run(options, tmp_path):
         assert two == pytest.approx(one, abs=1e-3)  # of texts: equal
 
 
+def test_a_second_process_does_not_wait_for_the_files_of_the_first(options, tmp_path):
+    """Catches a stage 2 that reads stage1.pt, which rank 0 may not have written yet."""
+    command = [*options, "--out", str(tmp_path / "run"), "--stage", "1"]
+    assert r2d.main(command) == 0
+    (tmp_path / "run" / "stage1.pt").unlink()
+    run = r2d.setup(r2d.parse_args(command))
+    before = [weight.detach().clone() for weight in run.model.parameters()]
+
+    def no_loss(run: r2d.Run, batch: list, step: int) -> tuple:
+        assert same(before, list(run.model.parameters()))  # not those of last.pt either
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        r2d.train(run, 2, run.dataset.train, 2, no_loss, patience=5, start=0)
+
+
 def test_a_process_without_a_row_is_refused(options, capsys, monkeypatch):
     """Catches an error deep inside torch, which no second start helps."""
     monkeypatch.setattr(r2d, "WORLD", 2)
