@@ -241,8 +241,7 @@ def train(
 ) -> None:
     """One stage: from the last save, or the weights in the model, to its best checkpoint.
 
-    Weights may be the best from update `start` on. The stage ends early after `patience`
-    validations in a row without better ones; in the default there are too few for that.
+    From update `start` on weights can be the best; `patience` validations without better end it.
     """
     o = run.options
     if (o.out / f"stage{stage}.pt").exists():  # done before
@@ -265,8 +264,7 @@ def train(
         batches += data.make_batches(examples, o.batch_size, o.seed, epoch)
         epoch += 1
     run.model.train()
-    updates = range(progress.step, steps)
-    for step in tqdm(updates, f"stage {stage}", disable=RANK > 0 or None):
+    for step in tqdm(range(progress.step, steps), f"stage {stage}", disable=RANK > 0 or None):
         if progress.bad_evals == patience:
             break
         # A seed for each update: a resumed run has the same dropout.
@@ -437,9 +435,8 @@ def make_parser() -> ArgumentParser:
     add("--notes", **count, default=1000, help="triage: training notes")
     add("--stage1-notes", **count, help="triage: notes whose rationales stage 1 has (as --notes)")
     add("--stage1-data", help="rationales for stage 1: a file with question,rationale")
-    voices = list(data.VOICES)  # the last, reasons, is for stage 1 alone
-    add("--rationales", choices=voices[:-1], default="llm", help="triage: whose style is learned")
-    add("--stage1-rationales", choices=voices, default="llm", help="reasons: llm without the label")
+    add("--rationales", choices=["llm", "nurse", "post"], default="llm", help="triage: their style")
+    add("--stage1-rationales", choices=data.VOICES, default="llm", help="reasons: without labels")
     add("--limit", **count, help="at most so many examples of each split, for trying")
     add("--max-source", **between(32, 4096, int), default=256, help="tokens of a prompt at most")
     add("--max-target", **between(2, 4096, int), default=128, help="tokens of a rationale at most")
@@ -484,7 +481,8 @@ def parse_args(arguments: list[str] | None) -> Namespace:
         o.device = ACCELERATOR
     if o.batch_size < WORLD:
         parser.error(f"{WORLD} processes need a batch of as many examples; start fewer")
-    if o.stage == 1 and (o.method != "r2d" or o.no_stage1 or o.eval):
+    o.no_stage1 = o.no_stage1 or o.method != "r2d"  # the baselines have no stage 1
+    if o.stage == 1 and (o.no_stage1 or o.eval):
         parser.error("--stage 1: is training, of --method r2d alone, without --no-stage1")
     if o.ask is not None and not o.ask.encode().strip():  # encode: raises if it is not UTF-8
         parser.error("--ask: the text is empty")
@@ -493,32 +491,26 @@ def parse_args(arguments: list[str] | None) -> Namespace:
     return o
 
 
-def load_init(folder: Path, dropout: float) -> tuple[Tokenizer, Transformer]:
-    """Tokenizer and model of a T5 folder in the Hugging Face layout. Raises InputError."""
-    tokenizer = Tokenizer.load(folder / "spiece.model")
-    with reading(folder, "needs config.json and model.safetensors in full (git lfs pull)"):
-        model = load_t5(folder, dropout)
-    if tokenizer.n_pieces > model.config.vocab_size:
-        raise InputError(f"{folder}: spiece.model has more pieces than the model; give its own")
-    return tokenizer, model
-
-
 def setup(o: Namespace) -> Run:
     """Data, tokenizer and untrained model of a run. Raises InputError; writes nothing."""
     config = read_config(o.out)
     if o.ask is None:
         dataset = data.load_data(o)
-        uses_stage1 = o.method == "r2d" and not o.no_stage1
         if o.method != "sft" and not any(columns(dataset.train)[2]):
             raise InputError(f"{o.data}: no rationales in train; use --method sft")
-        if uses_stage1 and not (dataset.stage1_train and dataset.stage1_val):
+        if not o.no_stage1 and not (dataset.stage1_train and dataset.stage1_val):
             raise InputError(f"{o.stage1_data or o.data}: no rationales for stage 1 (--no-stage1)")
     else:
         dataset = Dataset(config.get("labels", []))  # the folder of the run is enough
     questions, _, rationales = columns(dataset.train + dataset.stage1_train)
     torch.manual_seed(o.seed)
     if o.init and o.ask is None:
-        tokenizer, model = load_init(Path(o.init), o.dropout)
+        folder = Path(o.init)
+        tokenizer = Tokenizer.load(folder / "spiece.model")
+        with reading(folder, "needs config.json and model.safetensors in full (git lfs pull)"):
+            model = load_t5(folder, o.dropout)
+        if tokenizer.n_pieces > model.config.vocab_size:
+            raise InputError(f"{o.init}: spiece.model has more pieces than the model; give its own")
     else:
         if config:
             tokenizer = Tokenizer.load(o.out / "tokenizer.model")
@@ -566,7 +558,7 @@ def run_command(o: Namespace) -> None:
         if RANK == 0:
             write_config(run)
             print(data.look(run.dataset, run.tokenizer, o.max_source, o.max_target))
-        if not o.eval and o.method == "r2d" and not o.no_stage1:
+        if not o.eval and not o.no_stage1:
             train(run, 1, run.dataset.stage1_train, o.stage1_steps, stage1_loss, 3, 0)
         if not o.eval and o.stage == 2:
             # The authors may choose weights from before the ramp, which never saw own labels.

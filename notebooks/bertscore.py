@@ -16,9 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import metrics
-import r2d
-from data import InputError, Tokenizer, reading
-from model import Transformer
+from data import InputError, Tokenizer, reading, write_file
+from model import Transformer, load_t5
 
 BATCH = 32  # texts encoded together
 NAMES = ["precision", "recall", "f1"]
@@ -78,8 +77,9 @@ def score(run: Path, encoder: Path, device: str) -> dict:
     rows = read_rows(path)
     if not rows or "rationale_given_predicted" not in rows[0]:
         raise InputError(f"{path}: no rationales of a model to score")
-    tokenizer, model = r2d.load_init(encoder, dropout=0.0)
-    model.to(device).eval()
+    tokenizer = Tokenizer.load(encoder / "spiece.model")
+    with reading(encoder):
+        model = load_t5(encoder).to(device).eval()
     result = {"encoder": str(encoder)}
     for condition in metrics.LABEL_KEYS:
         key = f"rationale_given_{condition}"
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = score(args.run, args.encoder, args.device)
         content = json.dumps(result, indent=2, allow_nan=False)
-        r2d.write_file(args.run / "bertscore.json", content.encode())
+        write_file(args.run / "bertscore.json", content.encode())
     except (ValueError, LookupError, OSError) as error:  # an InputError is a ValueError
         print("bertscore.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -53,7 +53,7 @@ def plan(item: str, seed: int, out: Path, further: list[str]) -> list[str]:
     if not own.items() <= options.items():
         raise InputError(f"{item}: leave out {', '.join(own)}: the comparison sets them")
     # Equal budgets: a run without stage 1 makes those updates, too.
-    if (method != "r2d" or options["no_stage1"]) and ",stage2" not in item:
+    if options["no_stage1"] and ",stage2" not in item:
         options["stage2_steps"] += options["stage1_steps"]
         arguments.append(f"--stage2-steps={options['stage2_steps']}")
     options["out"] = out / re.sub("[^a-zA-Z0-9.-]", "_", f"{item}-{seed}")

@@ -1,11 +1,11 @@
-"""T5 checkpoints: model.load_t5 against transformers, r2d.load_init against what is broken."""
+"""T5 checkpoints: model.load_t5 against transformers, --init against what is broken."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import POINTER, Evil, t5_like
+from helpers import POINTER, TINY, Evil, t5_like
 from torch import Tensor, nn
 
 import data
@@ -71,7 +71,7 @@ def write_safetensors(folder: Path, weights: dict[str, Tensor], config: object =
 def refusal(folder: Path) -> str:
     """The message about this folder, which says how to mend it."""
     with pytest.raises(data.InputError) as caught:
-        r2d.load_init(folder, 0.0)
+        r2d.setup(r2d.parse_args([*TINY, "--init", str(folder)]))
     message = str(caught.value)
     assert message.startswith(f"{folder}: ") and "in full (git lfs pull)" in message
     assert len(message) < 700
