@@ -1,5 +1,5 @@
 """Text in, numbers out: examples, files, tokenizer, batches, a look at the data; last a simulator.
-The default data are SIMULATED, as the paper's notes are private, and are not medical advice."""
+The default data are SIMULATED (the paper's notes are private) and are not medical advice."""
 
 import contextlib
 import csv
@@ -42,7 +42,7 @@ class Dataset:
     test: list[Example] = field(default_factory=list)
     stage1_train: list[Example] = field(default_factory=list)  # each has a rationale
     stage1_val: list[Example] = field(default_factory=list)
-    ceiling: list[dict] = field(default_factory=list)  # triage: what the rule says to each test
+    ceiling: list[dict] = field(default_factory=list)  # triage: the rule's answer to each test
 
 
 def columns(examples: list[Example]) -> tuple[list[str], list[str], list[str]]:
@@ -70,12 +70,12 @@ def load_data(o: Namespace) -> Dataset:
         train, val, test = [examples[: o.limit] for examples in splits]
         labels = dict.fromkeys(columns(train + val + test)[1])  # each once, in their order
         if not val or not test or len(set(columns(train)[1])) < 2:
-            raise InputError(f"{o.data}: needs 10 questions, and 2 labels in train")
+            raise InputError(f"{o.data}: too few examples, or fewer than 2 labels in train")
         dataset = Dataset(list(labels), train, val, test, stage1_train=train, stage1_val=val)
     if o.stage1_data:
         examples = read_file(Path(o.stage1_data), ["question", "rationale"])
-        train, dataset.stage1_val, rest = split(examples, o.seed)
-        dataset.stage1_train = train + rest  # stage 1 has no test
+        train, dataset.stage1_val, test = split(examples, o.seed)
+        dataset.stage1_train = train + test  # stage 1 has no test
     dataset.stage1_train = [e for e in dataset.stage1_train if e.rationale][: o.limit]
     dataset.stage1_val = [e for e in dataset.stage1_val if e.rationale][: o.limit]
     return dataset
@@ -114,7 +114,7 @@ def read_records(path: Path) -> Iterator[tuple[int, dict]]:
                 yield number, json.loads(line, object_pairs_hook=unique_keys)
     elif path.suffix == ".csv":
         csv.field_size_limit(2**31 - 1)  # the default, 131072, is too short for articles
-        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = csv.DictReader(io.StringIO(text), strict=True)
         unique_keys([(name, None) for name in rows.fieldnames or []])
         for row in rows:
             if None in row or None in row.values():
@@ -147,7 +147,7 @@ def read_file(path: Path, names: Iterable[str] = ("question", "label", "rational
 
 
 def normalized(text: str) -> str:
-    """For comparing texts: without case, spaces, Unicode variants and invisible characters."""
+    """For comparing texts: without case, invisible characters, more than one space in a row."""
     visible = [c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf"]
     return " ".join("".join(visible).casefold().split())
 
@@ -185,11 +185,11 @@ class Tokenizer:
     def train(cls, texts: list[str], vocab_size: int) -> "Tokenizer":
         """Byte-pair encoding; rare characters are written in bytes, so no text loses a letter."""
         rare = Counter("".join(texts)).most_common()[vocab_size // 4 :]
-        blank = {ord(character): " " for character, _ in rare}
+        blank = {ord(character): " " for character, _ in rare}  # they do not become pieces
         model = io.BytesIO()
         ids = {"pad_id": PAD, "eos_id": END, "unk_id": UNKNOWN, "bos_id": -1}  # -1: none
         unchanged = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-        limits = {"hard_vocab_limit": False, "max_sentence_length": 10**6, "minloglevel": 2}
+        others = {"hard_vocab_limit": False, "max_sentence_length": 10**6, "minloglevel": 2}
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter([text.translate(blank) for text in texts]),
             model_writer=model,
@@ -197,7 +197,7 @@ class Tokenizer:
             vocab_size=vocab_size,
             byte_fallback=True,
             character_coverage=1.0,
-            **(ids | unchanged | limits),
+            **(ids | unchanged | others),
         )
         return cls(model.getvalue())
 
@@ -214,7 +214,7 @@ class Tokenizer:
             ids = ids[: ids.index(END)]
         return self.processor.decode([i for i in ids if PAD < i < self.n_pieces]).strip()
 
-    def longest(self, labels: list[str], limit: int) -> int:
+    def longest_label(self, labels: list[str], limit: int) -> int:
         """Tokens of the longest label, with its end. Raises InputError if a label is not kept."""
         encoded = self.processor.encode(labels)
         for label, ids in zip(labels, encoded, strict=True):
@@ -253,7 +253,7 @@ def look(dataset: Dataset, tokenizer: Tokenizer, max_source: int, max_target: in
     lost = set()
     examples = dataset.train + dataset.val + dataset.test + dataset.stage1_train
     for example in dict.fromkeys(examples):  # each once
-        prompt = f"given label: {example.label}, explain: {example.question}"
+        prompt = f"given label: {example.label}, explain: {example.question}"  # the longest
         if len(encode(prompt)) >= max_source:
             odd["prompts cut at --max-source"].append(prompt)
         if len(encode(example.rationale)) >= max_target:
@@ -268,8 +268,8 @@ def look(dataset: Dataset, tokenizer: Tokenizer, max_source: int, max_target: in
             odd["labels rare in train"].append(label)
         if alike[normalized(label)] > 1:
             odd["labels like another"].append(label)
-    for name, examples in [("val", dataset.val), ("test", dataset.test)]:
-        for question in columns(examples)[0]:
+    for name, held_out in [("val", dataset.val), ("test", dataset.test)]:
+        for question in columns(held_out)[0]:
             if normalized(question) in learned:
                 odd[f"{name} questions also in train or stage 1"].append(question)
     sizes = f"{len(dataset.train)} train, {len(dataset.val)} val, {len(dataset.test)} test examples"
@@ -281,7 +281,7 @@ def look(dataset: Dataset, tokenizer: Tokenizer, max_source: int, max_target: in
 
 
 # ---- The simulated nurse line: words. A key is a fact, in its usual wording; `other` is a synonym,
-# `short` the nurse's, `cue` what reassures her. `groups` of complaints share their red flags.
+# `short` an abbreviation, `cue` a fact that reassures, `groups` the complaints that a flag fits.
 Words = namedtuple("Words", ["other", "short"])
 Complaint = namedtuple("Complaint", ["other", "short", "group", "cue"])
 Flag = namedtuple("Flag", ["other", "short", "tier", "reason", "groups"])
@@ -404,7 +404,7 @@ def draw_call(rng: random.Random) -> Call:
     """One call, with red flags and a cue that fit its complaint. All shares are invented."""
     complaint = rng.choice(list(COMPLAINTS))
     group = COMPLAINTS[complaint].group
-    possible = [flag for flag in RED_FLAGS if group in RED_FLAGS[flag].groups]
+    possible = [flag for flag in RED_FLAGS if group in RED_FLAGS[flag].groups.split()]
     weights = [6 - RED_FLAGS[flag].tier for flag in possible]  # the worse, the rarer
     n_flags = rng.choices([0, 1, 2], [48, 40, 12])[0]
     drawn = rng.choices(possible, weights, k=n_flags)  # perhaps the same one twice
@@ -494,8 +494,8 @@ def simulate(o: Namespace) -> Dataset:
     above or below the rule, for reasons missing from the note; the notes stay the same."""
     data = Dataset(DISPOSITIONS)
     n_stage1 = o.stage1_notes or o.notes
-    train = "train", max(o.notes, n_stage1), data.train, data.stage1_train
-    val = "val", 500, data.val, data.stage1_val
+    train = ("train", max(o.notes, n_stage1), data.train, data.stage1_train)  # lists to fill
+    val = ("val", 500, data.val, data.stage1_val)
     for name, size, examples, stage1_examples in [train, val, ("test", 1000, data.test, [])]:
         rng = random.Random(f"{o.seed} {name}")
         for _ in range(min(size, o.limit or size)):
@@ -503,7 +503,7 @@ def simulate(o: Namespace) -> Dataset:
             note = write_note(call, rng)
             rule = triage_tier(call.facts())
             neighbour = rng.choice([tier for tier in (rule - 1, rule + 1) if 0 <= tier <= 4])
-            tier = neighbour if rng.random() < o.override else rule
+            tier = neighbour if rng.random() < o.override else rule  # both drawn always
             named = rng.random() < NAMED
             examples.append(make_example(call, note, tier, o.rationales, named))
             stage1_examples.append(make_example(call, note, tier, o.stage1_rationales, named))

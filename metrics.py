@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-# A condition is what label the prompt held; here is the row's key of that label.
+# A condition is the label that a rationale was written for; here is the row's key of it.
 LABEL_KEYS = {"gold": "label", "predicted": "predicted_label", "flipped": "flipped_label"}
-LABEL_KEYS |= {"ceiling_gold": "label", "ceiling": "ceiling_label"}
+LABEL_KEYS |= {"ceiling_gold": "label", "ceiling": "ceiling_label"}  # the simulator's texts
 
 
 def per_class(gold: list[str], predicted: list[str], labels: list[str]) -> dict:
@@ -105,23 +105,22 @@ class Reader:
     def __init__(self, rationales: list[str], gold: list[str], labels: list[str]):
         self.labels = list(labels)
         self.names = sorted(map(str.lower, labels), key=len, reverse=True)
-        texts_of = np.ones(len(labels))  # add-one smoothing, here and for each word
-        times = defaultdict(lambda: np.ones(len(labels)))  # word -> how often under each label
+        n_texts = np.ones(len(labels))  # add-one smoothing, here and for each word
+        counts = defaultdict(lambda: np.ones(len(labels)))  # word -> how often under each label
         for text, label in zip(rationales, gold, strict=True):
             i = self.labels.index(label)
-            texts_of[i] += 1
+            n_texts[i] += 1
             for word in self.words(text):
-                times[word][i] += 1
-        self.log_prior = np.log(texts_of)
-        words_of = sum(times.values())
-        self.log_words = {word: np.log(n / words_of) for word, n in times.items()}
+                counts[word][i] += 1
+        self.log_prior = np.log(n_texts)
+        n_words = sum(counts.values())
+        self.log_words = {word: np.log(n / n_words) for word, n in counts.items()}
 
     def words(self, text: str) -> list[str]:
         """The words of a text without the names of the labels."""
         text = text.lower()
         for name in self.names:  # the longest first: "not urgent" before "urgent"
-            if name in text:
-                text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", " ", text)
+            text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", " ", text)
         return re.findall(r"\w+", text)
 
     def __call__(self, text: str) -> str | None:
@@ -130,10 +129,10 @@ class Reader:
         return self.labels[(self.log_prior + sum(known)).argmax()] if known else None
 
 
-def share(name: str, flags: np.ndarray) -> dict:
-    """{name: share of true flags, 0-100, name_ci95: its 95 % interval (Wilson 1927)}."""
-    n = len(flags)
-    p = int(sum(flags)) / n
+def share(name: str, hits: np.ndarray) -> dict:
+    """{name: share of true values, 0-100, name_ci95: its 95 % interval (Wilson 1927)}."""
+    n = len(hits)
+    p = int(sum(hits)) / n
     z = 1.959963984540054  # the normal distribution's 97.5 % point
     mid = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
@@ -155,8 +154,8 @@ def bootstrap(name: str, statistic: Callable, *columns: np.ndarray) -> dict:
     return {name: float(statistic(*columns)), f"{name}_ci95": interval}
 
 
-def bleu_gap(gold: np.ndarray, predicted: np.ndarray) -> float:
-    return bleu_from_counts(gold) - bleu_from_counts(predicted)
+def bleu_gap(counts: np.ndarray, others: np.ndarray) -> float:
+    return bleu_from_counts(counts) - bleu_from_counts(others)
 
 
 def per_token(nats: np.ndarray, tokens: np.ndarray) -> float:
@@ -181,7 +180,7 @@ def label_scores(data: dict, labels: list[str]) -> dict:
 def rationale_scores(data: dict, counts: np.ndarray, condition: str) -> dict:
     """One condition of the group `rationale`; `counts` are the `corpus_counts` of its texts."""
     given = f"given_{condition}"
-    argues = data[f"argues_{given}"]
+    argues = data[f"argues_{given}"]  # the label that each text argues for, or None
     sentence = list(map(sentence_bleu, data[f"rationale_{given}"], data["rationale"]))
     scores = {"n": len(argues)} | bootstrap("bleu", bleu_from_counts, counts)
     scores |= bootstrap("sentence_bleu", np.mean, np.array(sentence))
@@ -199,11 +198,11 @@ def exposure_scores(data: dict, counts: dict[str, np.ndarray]) -> dict:
     scores = bootstrap("bleu_gap", bleu_gap, counts["gold"], counts["predicted"])
     cost = data["nats_given_predicted"] - data["nats_given_gold"]
     scores |= bootstrap("nll_gap", per_token, cost, data["tokens"])
-    asked = data["flipped_label"] != data["predicted_label"]  # else it agrees anyway
+    differs = data["flipped_label"] != data["predicted_label"]  # else it may argue for its own
     followed = data["argues_given_flipped"] == data["flipped_label"]
-    scores["following_n"] = int(asked.sum())
-    if asked.any():
-        scores |= share("following", followed[asked])
+    scores["following_n"] = int(differs.sum())
+    if differs.any():
+        scores |= share("following", followed[differs])
     if "ceiling" in counts:
         scores |= bootstrap("ceiling_bleu_gap", bleu_gap, counts["ceiling_gold"], counts["ceiling"])
     return scores
@@ -211,7 +210,7 @@ def exposure_scores(data: dict, counts: dict[str, np.ndarray]) -> dict:
 
 def score(rows: list[dict], labels: list[str]) -> dict:
     """Rows of predictions.jsonl -> the scores of metrics.json."""
-    data = {}  # key -> (n,) what the rows hold under it
+    data = {}  # key -> (n,) what the rows hold under it; np.array would unpack lists
     for key in rows[0]:
         data[key] = np.fromiter([row[key] for row in rows], dtype=object)
     result = {"label": label_scores(data, labels)}
@@ -243,7 +242,7 @@ def score(rows: list[dict], labels: list[str]) -> dict:
 
 
 def show(scores: dict, key: str) -> str:
-    """A score, ± half of its interval if runs are compared by it; "-" if there is none."""
+    """A score, that of BLEU or macro-F1 ± half of its interval; "-" if there is none."""
     if scores.get(key) is None:
         return "-"
     if not key.endswith(("bleu", "macro_f1", "bleu_gap")):
@@ -273,14 +272,14 @@ def table(result: dict) -> str:
     names |= {"ceiling_gold": "ceiling, gold label", "ceiling": "ceiling, rule's label"}
     for condition, name in names.items():
         scores = rationale.get(condition, {})
-        if condition == "flipped":  # without notes whose flipped label the model predicts
+        if condition == "flipped":  # only notes where the model predicts another label
             scores = {**scores, "argues_given": exposure.get("following")}
         line = f"{name:24}"
         for key in ("bleu", "argues_given", "argues_gold", "grounded"):
             line += f"{show(scores, key):>14}"
         if condition in rationale:
             lines.append(line)
-    if rationale and "reader" in result and result["data"] != "triage":
+    if rationale and "reader" in result and result["data"] != "triage":  # there a checker reads
         right = f"{result['reader']['accuracy']:.1f} % of the gold ones"
         lines.append(f"A classifier reads what they argue for; it is right on {right}.")
     if exposure:

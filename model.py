@@ -171,13 +171,13 @@ class Transformer(nn.Module):
         layers = {*self.encoder.parameters(), *self.decoder.parameters()}
         matrices, others = [], []
         for weight in self.parameters():
-            size = weight.detach().square().mean().sqrt().clamp(min=1e-3).item()
+            rms = weight.detach().square().mean().sqrt().clamp(min=1e-3).item()
             if weight is self.encoder_bias.weight or weight is self.decoder_bias.weight:
-                size = 3.0  # near 0 at first, but to bind neighbours they must reach units
+                rms = 3.0  # they start near 0; attention to a neighbour needs several units
             if weight in layers and weight.ndim == 2:
-                matrices.append({"params": [weight], "relative_lr": 5 * size})
+                matrices.append({"params": [weight], "relative_lr": 5 * rms})  # Muon has * 0.2
             else:
-                others.append({"params": [weight], "relative_lr": size})
+                others.append({"params": [weight], "relative_lr": rms})
         settings = {"momentum": 0.8, "nesterov": False, "ns_steps": 3, "weight_decay": 0.0}
         muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings)
         return [muon, torch.optim.Adam(others, betas=(0.8, 0.95))]
@@ -246,14 +246,14 @@ class Transformer(nn.Module):
         was_training = self.training
         self.eval()
         c = self.config
-        rows = torch.arange(len(input_ids), device=input_ids.device)  # still in the batch
+        rows = torch.arange(len(input_ids), device=input_ids.device)  # of those still computed
         memory = self.encode(input_ids)  # (B, S, D)
         memory_bias = self.padding_bias(input_ids)  # (B, 1, 1, S)
         memory_kvs = [layer.cross_attention.keys_values(memory) for layer in self.decoder]
         memory_kv = torch.stack(memory_kvs)  # (layers, 2, B, H, S, K)
         cache = memory_kv.new_empty(*memory_kv.shape[:4], max_new_tokens, c.d_kv)
         bias = self.position_bias(max_new_tokens, causal=True)  # (1, H, T, T)
-        tokens = input_ids.new_full((len(rows), max_new_tokens + 1), c.pad_id)  # first: start
+        tokens = input_ids.new_full((len(rows), max_new_tokens + 1), c.pad_id)  # [:, 0]: start
         done = torch.zeros_like(rows, dtype=torch.bool)
         for t in range(max_new_tokens):
             x = self.embedding(tokens[rows, t])[:, None]  # (rows, 1, D)
@@ -262,7 +262,7 @@ class Transformer(nn.Module):
             new = self.logits(x)[:, 0].argmax(-1).masked_fill(done, c.pad_id)  # (rows,)
             tokens[rows, t + 1] = new
             done = done | (new == c.eos_id)
-            stay = torch.where(~done)[0]  # places in `rows`
+            stay = torch.where(~done)[0]  # places in `rows` and `done`, not numbers of rows
             if len(stay) == 0:
                 break
             if len(stay) <= 0.75 * len(done):  # not one by one: it copies the cache

@@ -33,7 +33,7 @@ from model import ModelConfig, Transformer, load_t5
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 ACCELERATOR = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-AT_ONCE = 128  # prompts in one pass of the model; decoding 64 took a quarter longer
+AT_ONCE = 128  # prompts in one pass of the model; in passes of 64 decoding took 25 % longer
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Run:
     dataset: Dataset
     tokenizer: Tokenizer
     model: Transformer
-    label_tokens: int  # of the longest label: no prediction needs more
+    label_tokens: int  # of the longest label, with its end: no prediction needs more
 
 
 # ---- Prompts and greedy decoding (paper, section 3): first the label, then the rationale
@@ -75,7 +75,7 @@ def predict_labels(run: Run, questions: list[str]) -> list[str]:
 
 # ---- Stage 1: rationales alone
 def target_nll(run: Run, prompts: list[str], targets: list[str]) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of each target after its prompt, in nats; its tokens: (B,), (B,)."""
+    """Of each target: its negative log-likelihood in nats (B,), its number of tokens (B,)."""
     o = run.options
     nll, n_tokens = [], []
     for start in range(0, len(prompts), AT_ONCE):
@@ -124,10 +124,10 @@ def p_predicted(
         return cap
     if schedule == "linear":
         return min(cap, i / n)
-    end = min(cap, 1 - 1e-6)  # the two curves come close to 1 and never reach it
+    top = min(cap, 1 - 1e-6)  # the two curves come close to 1 and never reach it
     if schedule == "exponential":
-        return 1 - (1 - end) ** (i / n)  # k = (1 - end)^(1 / n)
-    k = inverse_sigmoid_k(n, end)
+        return 1 - (1 - top) ** (i / n)  # k = (1 - top)^(1 / n)
+    k = inverse_sigmoid_k(n, top)
     return 1 / (1 + k * math.exp(-i / k))  # = 1 - k / (k + e^(i/k)), without overflow
 
 
@@ -153,8 +153,8 @@ def flip_coins(n: int, p: float, generator: torch.Generator) -> list[bool]:
 # ---- Stage 2: label and rationale, with scheduled sampling of the label in the prompt
 def mix_labels(run: Run, batch: list[Example], coins: list[bool]) -> tuple[list[str], dict]:
     """The labels for the explain prompts: predicted where the coin is True, else gold. (The
-    authors' code predicts for all examples, with dropout, and keeps invalid labels.) Also counts
-    for log.jsonl: `wrong_predicted`, the prompts with a wrong label, is the dose."""
+    authors' code predicts for all examples, with dropout, and keeps invalid labels.) And counts
+    for log.jsonl: `wrong_predicted`, the prompts that now hold a wrong label, is the dose."""
     questions, labels, _ = columns(batch)
     counts = {"used_predicted": 0, "wrong_predicted": 0, "invalid_predicted": 0}
     chosen = [i for i, coin in enumerate(coins) if coin]
@@ -205,10 +205,10 @@ class Progress:
     bad_evals: int = 0  # validations in a row without a better score
 
 
-def lr_at(step: int, steps: int, lr: float, warmup: float) -> float:
-    """Learning rate: up linearly over the share `warmup` of the updates, then down to 0."""
-    rising = (step + 1) / max(warmup * steps, 1)
-    falling = (steps - step) / max((1 - warmup) * steps, 1)
+def lr_at(step: int, steps: int, lr: float, rise: float) -> float:
+    """Learning rate: up linearly over the share `rise` of the updates, then down to 0."""
+    rising = (step + 1) / max(rise * steps, 1)
+    falling = (steps - step) / max((1 - rise) * steps, 1)
     return lr * min(1.0, rising, falling)
 
 
@@ -237,11 +237,11 @@ def validate(run: Run, stage: int) -> dict[str, float]:
 
 
 def train(
-    run: Run, stage: int, examples: list, steps: int, loss_of: Callable, patience: int, start: float
+    run: Run, stage: int, examples: list, steps: int, loss_of: Callable, since: float, patience: int
 ) -> None:
     """One stage: from the last save, or the weights in the model, to its best checkpoint.
 
-    From update `start` on weights can be the best; `patience` validations without better end it.
+    Only weights since update `since` can be the best; `patience` validations without better end it.
     """
     o = run.options
     if (o.out / f"stage{stage}.pt").exists():  # done before
@@ -252,8 +252,8 @@ def train(
     if (o.out / "last.pt").exists():
         with reading(o.out / "last.pt", "start over in another --out"):
             saved = torch.load(o.out / "last.pt", map_location=o.device, weights_only=True)
-            progress.log = saved["progress"]["log"]
-            if saved["progress"]["stage"] == stage:  # of a save of stage 1 the log is enough
+            progress.log = saved["progress"]["log"]  # stage 2 needs no more of a save of stage 1
+            if saved["progress"]["stage"] == stage:
                 vars(progress).update(saved["progress"])
                 run.model.load_state_dict(saved["weights"])
                 for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
@@ -284,20 +284,20 @@ def train(
             optimizer.step()
         progress.step = step + 1
         line = {"stage": stage, "step": step, **log, "lr": lr, "grad_norm": grad_norm}
-        progress.log.append(line)
+        progress.log.append(line)  # a validation adds its score to it
         if progress.step % o.eval_every == 0 or progress.step == steps:
             run.model.eval()
             line.update(validate(run, stage))  # on all ranks alike, so that all stop together
             run.model.train()
             score = line["val_macro_f1"] if stage == 2 else -line["val_loss"]
-            if progress.step >= start and score > progress.best_score:
+            if progress.step >= since and score > progress.best_score:
                 progress.best_score = score
                 progress.best_weights = copy.deepcopy(run.model.state_dict())
                 progress.bad_evals = 0
-            elif progress.step >= start:
+            elif progress.step >= since:
                 progress.bad_evals += 1
             if RANK == 0:
-                lines = [json.dumps(line) + "\n" for line in progress.log]
+                lines = [json.dumps(entry) + "\n" for entry in progress.log]
                 write_file(o.out / "log.jsonl", "".join(lines).encode())
                 states = [optimizer.state_dict() for optimizer in optimizers]
                 save(run, "last.pt", progress=vars(progress), optimizers=states)
@@ -320,7 +320,7 @@ def test_rows(run: Run) -> list[dict]:
         wrong = [label for label in run.dataset.labels if label != example.label]
         row = {**vars(example), "predicted_label": predicted[i], "majority_label": majority}
         row["flipped_label"] = rng.choice(wrong)
-        if run.dataset.ceiling:  # triage
+        if run.dataset.ceiling:  # triage: the rule's answer
             row.update(run.dataset.ceiling[i])
         rows.append(row)
     conditions = {"r2d": ["gold", "predicted", "flipped"], "dss": ["predicted"], "sft": []}
@@ -330,7 +330,7 @@ def test_rows(run: Run) -> list[dict]:
         texts = generate_texts(run, prompts, o.max_target)
         nll, n_tokens = target_nll(run, prompts, rationales)
         for i, row in enumerate(rows):
-            row["tokens"] = n_tokens[i].item()
+            row["tokens"] = n_tokens[i].item()  # of the gold rationale, always the same
             row[f"nats_given_{condition}"] = nll[i].item()
             row[f"rationale_given_{condition}"] = texts[i]
     add_verdicts(run, rows)
@@ -388,15 +388,15 @@ def load(run: Run, name: str) -> None:
 def read_config(out: Path) -> dict:
     """The config.json of the run in `out`; empty if there is no run yet."""
     path = out / "config.json"
-    with reading(path, "start over in another --out"):
+    with reading(path, "start over in another --out"):  # {**...} raises for what is no object
         return {**json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
 
 
 def write_config(run: Run) -> None:
     """config.json and tokenizer.model: with stage2.pt they are all that --ask needs."""
     o = run.options
-    of_a_call = ["stage", "out", "device", "eval", "ask", "given"]  # these may change
-    config = {name: value for name, value in vars(o).items() if name not in of_a_call}
+    may_change = ["stage", "out", "device", "eval", "ask", "given"]  # from call to call
+    config = {name: value for name, value in vars(o).items() if name not in may_change}
     config.update(labels=run.dataset.labels, model=asdict(run.model.config))
     o.out.mkdir(parents=True, exist_ok=True)
     write_file(o.out / "tokenizer.model", run.tokenizer.model)  # first: config.json stands for both
@@ -405,7 +405,7 @@ def write_config(run: Run) -> None:
 
 # ---- The command line
 def between(low: float, high: float, kind: type) -> dict:
-    """The type of an option, for argparse: a number from low to high."""
+    """Keywords for `add_argument`: the type and range of a number from low to high."""
 
     def parse(text: str) -> float:
         if not low <= kind(text) <= high:
@@ -420,13 +420,13 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser("r2d.py", SUPPRESS, formatter_class=ArgumentDefaultsHelpFormatter)
     share, count = between(0, 1, float), between(1, 10**6, int)
     add = parser.add_argument_group("method").add_argument
-    add("--stage", type=int, choices=[1, 2], default=2, help="1: stop after stage 1")
+    add("--stage", type=int, choices=[1, 2], default=2, help="the last stage to train")
     add("--method", choices=["r2d", "sft", "dss"], default="r2d", help="the paper's, or a baseline")
     add("--no-stage1", action="store_true", help="ablation: stage 2 alone")
     schedules = ["linear", "exponential", "inverse-sigmoid", "none"]
     add("--schedule", choices=schedules, default="linear", help="of P(predicted); none: gold only")
     add("--warmup", **share, default=0.05, help="share of stage 2 with P = 0 and alpha rising")
-    add("--ramp", **share, default=0.6, help="then P rises over this share; linear: cap * ramp")
+    add("--ramp", **share, default=0.6, help="then P rises over this share (linear: cap * ramp)")
     add("--cap", **share, default=0.9, help="P after the ramp")
     add("--alpha", **share, default=0.7, help="weight of the label loss after the warm-up")
     add = parser.add_argument_group("data").add_argument
@@ -435,8 +435,8 @@ def make_parser() -> ArgumentParser:
     add("--notes", **count, default=1000, help="triage: training notes")
     add("--stage1-notes", **count, help="triage: notes whose rationales stage 1 has (as --notes)")
     add("--stage1-data", help="rationales for stage 1: a file with question,rationale")
-    add("--rationales", choices=["llm", "nurse", "post"], default="llm", help="triage: their style")
-    add("--stage1-rationales", choices=data.VOICES, default="llm", help="reasons: without labels")
+    add("--rationales", choices=["llm", "nurse", "post"], default="llm", help="triage: by whom")
+    add("--stage1-rationales", choices=data.VOICES, default="llm", help="reasons: name no label")
     add("--limit", **count, help="at most so many examples of each split, for trying")
     add("--max-source", **between(32, 4096, int), default=256, help="tokens of a prompt at most")
     add("--max-target", **between(2, 4096, int), default=128, help="tokens of a rationale at most")
@@ -515,13 +515,13 @@ def setup(o: Namespace) -> Run:
         if config:
             tokenizer = Tokenizer.load(o.out / "tokenizer.model")
         else:
-            prefixes = [f"predict: given label: {label}, explain:" for label in dataset.labels]
-            tokenizer = Tokenizer.train([*prefixes, *questions, *rationales], o.vocab_size)
+            words = [f"predict: given label: {label}, explain:" for label in dataset.labels]
+            tokenizer = Tokenizer.train([*words, *questions, *rationales], o.vocab_size)
         shape = {"d_model": o.width, "d_kv": math.ceil(o.width / o.heads), "d_ff": 4 * o.width}
         shape |= {"vocab_size": tokenizer.n_pieces, "num_heads": o.heads, "dropout": o.dropout}
         shape |= {"num_layers": o.layers, "num_decoder_layers": o.layers}
         model = Transformer(ModelConfig(**config.get("model", shape)))
-    label_tokens = tokenizer.longest(dataset.labels, min(o.max_target, o.max_source // 2))
+    label_tokens = tokenizer.longest_label(dataset.labels, min(o.max_target, o.max_source // 2))
     return Run(o, dataset, tokenizer, model.to(o.device), label_tokens)
 
 
@@ -549,21 +549,21 @@ def run_command(o: Namespace) -> None:
     run = setup(o)
     bfloat16 = o.dtype == "bfloat16"  # without a cache, which would keep old weights
     with torch.autocast(o.device, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
-        untrained = o.init and not done & {"stage2.pt", "last.pt"}  # a T5 to be scored as it is
-        if (o.eval and not untrained) or o.ask is not None:
+        as_it_is = o.init and done.isdisjoint({"stage2.pt", "last.pt"})  # --eval of a T5
+        if (o.eval and not as_it_is) or o.ask is not None:
             load(run, "stage2.pt")
         if o.ask is not None:
-            ask(run)
-            return
+            return ask(run)
         if RANK == 0:
             write_config(run)
+            (o.out / "metrics.json").unlink(missing_ok=True)  # perhaps of other weights
             print(data.look(run.dataset, run.tokenizer, o.max_source, o.max_target))
         if not o.eval and not o.no_stage1:
-            train(run, 1, run.dataset.stage1_train, o.stage1_steps, stage1_loss, 3, 0)
+            train(run, 1, run.dataset.stage1_train, o.stage1_steps, stage1_loss, 0, patience=3)
         if not o.eval and o.stage == 2:
-            # The authors may choose weights from before the ramp, which never saw own labels.
-            start = o.stage2_steps * min(1, max(0.65, o.warmup + o.ramp))
-            train(run, 2, run.dataset.train, o.stage2_steps, stage2_loss, 5, start)
+            # From the end of the ramp on; 0.65 for all methods alike. The authors: from 0 on.
+            since = o.stage2_steps * min(1, max(0.65, o.warmup + o.ramp))
+            train(run, 2, run.dataset.train, o.stage2_steps, stage2_loss, since, patience=5)
         if RANK == 0 and o.stage == 2:
             evaluate(run)
 

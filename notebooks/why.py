@@ -35,7 +35,7 @@ def labels_of_unseen(options: list[str]) -> dict[str, str]:
         unseen = columns(run.dataset.train[fold::2])[0]
         out.mkdir(parents=True, exist_ok=True)
         steps = o.stage1_steps + o.stage2_steps
-        r2d.train(run, 2, seen, steps, r2d.stage2_loss, patience=5, start=0.65 * steps)
+        r2d.train(run, 2, seen, steps, r2d.stage2_loss, patience=5, since=0.65 * steps)
         run.model.eval()
         labels.update(zip(unseen, r2d.predict_labels(run, unseen), strict=True))
     return labels

@@ -384,13 +384,14 @@ def test_encoding_pads_on_the_right_and_ends_with_the_end_token():
 def test_labels_that_would_be_lost_are_refused():
     """Catches a label cut in prompts and targets, and one advice for two different faults."""
     n = tokenizer().to_ids(DISPOSITIONS, 64).shape[1]
-    assert tokenizer().longest(DISPOSITIONS, 64) == tokenizer().longest(DISPOSITIONS, n) == n
+    for limit in (64, n):
+        assert tokenizer().longest_label(DISPOSITIONS, limit) == n
     with pytest.raises(data.InputError, match=r"label 'see.*raise --max-"):
-        tokenizer().longest(DISPOSITIONS, n - 1)
+        tokenizer().longest_label(DISPOSITIONS, n - 1)
     for label in ("<5", "α", "a\nb", "go  home", "\u200b"):
-        assert tokenizer().longest([label], 64) > 1
+        assert tokenizer().longest_label([label], 64) > 1
         with pytest.raises(data.InputError, match=r"character.*rename") as caught:
-            lossy().longest(["yes", label], 64)
+            lossy().longest_label(["yes", label], 64)
         assert repr(label) in str(caught.value)
 
 

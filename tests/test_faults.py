@@ -232,7 +232,7 @@ def test_a_second_process_does_not_wait_for_the_files_of_the_first(options, tmp_
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        r2d.train(run, 2, run.dataset.train, 2, no_loss, patience=5, start=0)
+        r2d.train(run, 2, run.dataset.train, 2, no_loss, patience=5, since=0)
 
 
 def test_a_process_without_a_row_is_refused(options, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+import signal
 import statistics
 from pathlib import Path
 
@@ -432,9 +433,10 @@ def test_eval_and_ask_use_the_checkpoint(easy_run, tmp_path, capsys, monkeypatch
 
 
 # ---- from a T5 checkpoint -----------------------------------------------------------------------
-def test_init_is_evaluated_as_it_is_and_trained(finished, tmp_path, capsys):
+def test_init_is_evaluated_as_it_is_and_trained(finished, tmp_path, capsys, monkeypatch):
     """Catches random weights, another tokenizer or shape (nats are those of transformers), and an
-    evaluation of untrained weights after training; the IndexError of a tokenizer too large."""
+    evaluation of untrained weights after training; the IndexError of a tokenizer too large;
+    scores of untrained weights that stay when their run is trained and stopped."""
     transformers = pytest.importorskip("transformers")
     t5 = write_t5(tmp_path / "t5", (finished / "tokenizer.model").read_bytes())
     out = tmp_path / "run"
@@ -458,6 +460,10 @@ def test_init_is_evaluated_as_it_is_and_trained(finished, tmp_path, capsys):
         assert r2d.main(["--out", str(out), "--eval"]) == status
         (out / gone).write_bytes(before[gone])
         assert contents(out) == before, gone
+    with monkeypatch.context() as patch:
+        patch.setattr(r2d, "evaluate", lambda run: signal.raise_signal(signal.SIGINT))
+        assert start(tmp_path / "run", "--init", str(t5), "--limit", "16") == 130
+    assert not (tmp_path / "run" / "metrics.json").exists()
     shutil.rmtree(t5)
     assert r2d.main(["--out", str(out), "--ask", "a cough"]) == 0
     t5 = write_t5(tmp_path / "pruned", before["tokenizer.model"], 300)
