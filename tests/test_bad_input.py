@@ -1,6 +1,5 @@
 """Bad input ends in one line with status 2 and leaves nothing; strange input works."""
 
-import json
 import pickle
 import re
 import shutil
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, Evil, lines, read, refusal, write_notes
+from helpers import POINTER, TINY, Evil, jsonl, lines, read, refusal, t5_like, write, write_notes
 
 import data
 import r2d
@@ -21,20 +20,6 @@ pytestmark = pytest.mark.usefixtures("here")
 def record(i: int, **changes: str) -> dict[str, str]:
     row = {"question": f"Is {i} bad?", "label": "yes" if i % 2 else "no", "rationale": f"R {i}."}
     return row | changes
-
-
-def jsonl(rows: list[dict]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def write(name: str, content: str | bytes | None) -> None:
-    """None makes a folder."""
-    path = Path(name)
-    path.parent.mkdir(exist_ok=True)
-    if content is None:
-        path.mkdir()
-    else:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 # ---- bad data -----------------------------------------------------------------------------------
@@ -80,20 +65,12 @@ for stem in ("train", "val", "test"):
     one = f"needs one file {stem}.jsonl or {stem}.csv"
     changes = {"missing": ({}, one), "twice": (SPLITS | {f"{stem}.csv": ROWS}, one)}
     changes |= {"empty": ({f"{stem}.csv": HEADER}, "10 questions")}
-    changes |= {"a folder": ({f"{stem}.csv": None}, f"{stem}.csv: ")}
+    changes |= {"a folder": ({f"{stem}.csv/x": ""}, f"{stem}.csv: ")}
     changes |= {"bad": ({f"{stem}.jsonl": TEXT + "{}"}, "after line 31")}
     for kind, (files, words) in changes.items():
         DATA[f"folder, {stem} {kind}"] = rest | files, ".", words
 DATA["json"] = {"d.json": TEXT}, "d.json", r"end in .csv or .jsonl \(a JSON object on each"
-for path in (
-    "nowhere.jsonl",
-    "nowhere/d.jsonl",
-    "f/x.jsonl",
-    "",
-    "Triage",
-    "x" * 300,
-    "two\nlines",
-):
+for path in ("nowhere.jsonl", "f/x.jsonl", "", "Triage", "x" * 300, "two\nlines"):
     DATA[f"path {path[:20]!r}"] = {"f": TEXT}, path, ""
 
 
@@ -121,10 +98,10 @@ def test_bad_stage1_data_are_refused(file, capsys):
 
 # ---- bad options --------------------------------------------------------------------------------
 OPTIONS = {"--nonsense": "nonsense", "-x": "-x", "word": "word", "--lr": "--lr", "--out": "--out"}
-OPTIONS |= {"--eval=1": "--eval", "--no-stage1=1": "--no-stage1", "--init x": "x/spiece.model"}
+OPTIONS |= {"--eval=1": "--eval", "--no-stage1=1": "--no-stage1", "--init x": "git lfs pull"}
 OPTIONS |= {"--stage 1 --method sft": "--stage 1", "--stage 1 --no-stage1": "--stage 1"}
 OPTIONS |= {"--eval": "stage2.pt", "--ask x": "stage2.pt", "--device mps --method dss": "mps"}
-OPTIONS |= {"--data t.csv": "t.csv", "--out f": "f", "--out f/run": "f", "--out f/a/b": "f"}
+OPTIONS |= {"--data t.csv": "t.csv", "--init f": "f/spiece", "--out f": "f", "--out f/a/b": "f"}
 OPTIONS |= {"--max-target 3": "label", "--given x": "--given", "--ask caf\udce9": "utf-8"}
 COUNTS = "stage1-steps stage2-steps batch-size eval-every width layers heads notes limit seed"
 for name in [*COUNTS.split(), "stage1-notes", "max-source", "max-target", "vocab-size"]:
@@ -172,9 +149,11 @@ def narrow(content: dict) -> dict:
     return content | {"weights": weights}
 
 
+SWAPPED = t5_like(["a b"] * 9, 7, pad_id=1, eos_id=0)
 RAW = {"empty": lambda raw: b"", "half": lambda raw: raw[: len(raw) // 2]}
 RAW |= {"latin-1": lambda raw: b'{"\xe9', "null": lambda raw: b"null", "3": lambda raw: b"3"}
 RAW |= {"list": lambda raw: b"[]", "deep": lambda raw: b"[" * 100_000}
+RAW |= {"pointer": lambda raw: POINTER, "swapped": lambda raw: SWAPPED}
 RAW |= {"pickle": lambda raw: pickle.dumps([1]), "evil pickle": lambda raw: pickle.dumps(Evil())}
 TYPED = {"a list": lambda content: [1, 2, 3], "other keys": lambda content: {"a": 1}}
 TYPED |= {"evil": lambda content: Evil(), "no weights": lambda content: content | {"weights": {}}}

@@ -9,17 +9,10 @@ from pathlib import Path
 
 import convert
 import pytest
-from helpers import POINTER, refusal
+from helpers import POINTER, refusal, write
 
 ESNLI = ["s1", "s2", "labels", "preproc1_expl_1"]
 pytestmark = pytest.mark.usefixtures("here")
-
-
-def write(name: str, content: object) -> str:
-    text = content if isinstance(content, str) else json.dumps(content)
-    Path(name).parent.mkdir(exist_ok=True)
-    Path(name).write_bytes(text.encode())
-    return name
 
 
 def run(*arguments: str) -> dict[str, list[list[str]]]:

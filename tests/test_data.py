@@ -1,21 +1,19 @@
 """data.py: the simulated nurse line, files, the look at the data, tokenizer and batches."""
 
 import hashlib
-import json
 import random
 import re
 from collections import Counter
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import POINTER, data_options, t5_like
+from helpers import data_options, jsonl, t5_like
 
 import data
 import metrics
-from data import COMPLAINTS, DISPOSITIONS, RED_FLAGS, WORDS, Call, Example, Tokenizer, read_facts
+from data import COMPLAINTS, DISPOSITIONS, RED_FLAGS, WORDS, Example, Tokenizer, read_facts
 
 VOICES = ["llm", "nurse", "post"]
 in_each_voice = pytest.mark.parametrize("voice", VOICES)
@@ -60,31 +58,18 @@ def test_short_texts_are_read():
     assert data.ungrounded("Denies blue lips.", "Blue lips.") == ["no blue lips"]
 
 
-PLAIN = Call("a cough", "mild", [], [], [], [], [])
-BLUE, BLOOD, EAR, CUE = "blue lips", "coughing up blood", "ear pain at night", "a good appetite"
+RULE = {"mild": 0, "severe": 2, "mild, over a week": 1, "severe, over a week": 2}
+RULE |= {"mild, no blue lips": 0, "severe, blue lips, ear pain at night": 4}
+RULE |= {"severe, a good appetite": 1, "mild, a good appetite, ear pain at night": 2}
+RULE |= {"mild, diabetes": 1, "severe, a recent operation": 3}
+RULE |= {"mild, diabetes, a blood thinner": 1, "mild, diabetes, coughing up blood": 3}
+RULE |= {"mild, diabetes, blue lips": 4}
 
 
-@pytest.mark.parametrize(
-    ("changes", "tier"),
-    [
-        ({}, 0),
-        ({"severity": "severe"}, 2),
-        ({"duration": ["over a week"]}, 1),  # makes it at least 1
-        ({"duration": ["over a week"], "severity": "severe"}, 2),
-        ({"flags": [BLUE, EAR], "severity": "severe"}, 4),
-        ({"denied": [BLUE]}, 0),  # what is denied does not count
-        ({"cues": [CUE], "severity": "severe"}, 1),
-        ({"cues": [CUE], "flags": [EAR]}, 2),  # no help against a red flag
-        ({"modifiers": ["diabetes"]}, 1),
-        ({"modifiers": ["a recent operation"], "severity": "severe"}, 3),
-        ({"modifiers": ["diabetes", "a blood thinner"]}, 1),  # raised once
-        ({"modifiers": ["diabetes"], "flags": [BLOOD]}, 3),  # not past the emergency department
-        ({"modifiers": ["diabetes"], "flags": [BLUE]}, 4),
-    ],
-)
-def test_the_rule(changes, tier):
+@pytest.mark.parametrize("facts", RULE)
+def test_the_rule(facts):
     """Catches a rule that differs from its description, on records written by hand."""
-    assert data.triage_tier(replace(PLAIN, **changes).facts()) == tier
+    assert data.triage_tier({"a cough", *facts.split(", ")}) == RULE[facts]
 
 
 def test_calls_are_consistent_and_notes_state_their_facts():
@@ -208,10 +193,6 @@ def load(path: Path, content: str = "", **changes: object) -> data.Dataset:
     return data.load_data(data_options(data=str(path), **changes))
 
 
-def as_jsonl(records: list[dict]) -> str:
-    return "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-
-
 def as_csv(records: list[dict]) -> str:
     rows = [",".join(records[0])]
     for record in records:
@@ -219,7 +200,7 @@ def as_csv(records: list[dict]) -> str:
     return "\r\n".join(rows)
 
 
-@pytest.mark.parametrize(("name", "dump"), [("a.jsonl", as_jsonl), ("a.csv", as_csv)])
+@pytest.mark.parametrize(("name", "dump"), [("a.jsonl", jsonl), ("a.csv", as_csv)])
 def test_files_read_back_as_they_were_written(tmp_path, name, dump):
     """Catches lost quotes and line ends, byte order marks, long fields, blank lines."""
     records = [*RECORDS, NASTY, RECORDS[0] | {"question": "long " * 40_000 + "end"}]
@@ -236,7 +217,7 @@ def test_files_read_back_as_they_were_written(tmp_path, name, dump):
 def test_a_file_is_split_by_seed_and_cut_by_limit(tmp_path):
     """Catches wrong shares, lost examples, and a limit that changes who is in test."""
     path = tmp_path / "a.jsonl"
-    full, small = load(path, as_jsonl(RECORDS)), load(path, limit=4)
+    full, small = load(path, jsonl(RECORDS)), load(path, limit=4)
     assert [len(full.train), len(full.val), len(full.test)] == [24, 3, 3]
     assert set(everything(full)) == set(EXAMPLES) and load(path) == full
     assert load(path, seed=1).test != full.test
@@ -254,7 +235,7 @@ def test_equal_questions_stay_in_one_split(tmp_path, form):
     twins = []
     for i, record in enumerate(RECORDS):
         twins += [record | {"question": text.format(i)} for text in ("Is it é {}?", form)]
-    dataset = load(tmp_path / "a.jsonl", as_jsonl(twins))
+    dataset = load(tmp_path / "a.jsonl", jsonl(twins))
     for split, n in [(dataset.train, 24), (dataset.val, 3), (dataset.test, 3)]:
         numbers = Counter(re.sub(r"\D", "", e.question) for e in split)
         assert list(numbers.values()) == [2] * n
@@ -262,9 +243,9 @@ def test_equal_questions_stay_in_one_split(tmp_path, form):
 
 def test_a_folder_keeps_its_splits(tmp_path):
     """Catches splits that are mixed up (bad files: test_bad_input.py)."""
-    (tmp_path / "train.jsonl").write_text(as_jsonl(RECORDS[:20]))
+    (tmp_path / "train.jsonl").write_text(jsonl(RECORDS[:20]))
     (tmp_path / "val.csv").write_text(as_csv(RECORDS[20:24]))
-    (tmp_path / "test.jsonl").write_text(as_jsonl(RECORDS[24:]))
+    (tmp_path / "test.jsonl").write_text(jsonl(RECORDS[24:]))
     dataset = load(tmp_path)
     assert [len(dataset.train), *everything(dataset)] == [20, *EXAMPLES]
 
@@ -274,7 +255,7 @@ def test_stage1_data_needs_no_label(tmp_path):
     rows = [{"question": f"Why {i}?", "rationale": "So." if i % 2 else ""} for i in range(40)]
     path = tmp_path / "a.jsonl"
     (tmp_path / "stage1.csv").write_text(as_csv(rows))
-    plain, both = load(path, as_jsonl(RECORDS)), load(path, stage1_data=tmp_path / "stage1.csv")
+    plain, both = load(path, jsonl(RECORDS)), load(path, stage1_data=tmp_path / "stage1.csv")
     assert everything(both) == everything(plain) and both.labels == plain.labels
     expected = {Example(row["question"], "", "So.") for row in rows if row["rationale"]}
     assert set(both.stage1_train + both.stage1_val) == expected
@@ -307,20 +288,17 @@ def looked(max_source: int = 64, max_target: int = 64, **more: list[tuple]) -> l
 LOOKS = [  # what is added to which split, and the warning
     ({}, None),
     ({"test": [("q", "new", "")]}, "1 labels rare.*'new'"),
+    ({"train": [("q", "odd", "")]}, "1 labels .*'odd'"),  # one of 25
     ({"val": [("a < b", "no", "> α")]}, "3 characters .*'<', '>', 'α'"),
+    ({"train": [("a\nb", "no", "")]}, r"1 characters .*'\\n'"),  # T5 drops it without a word
+    ({"train": [("cafe\u0301", "no", "")]}, None),  # T5 makes an é of it
+    ({"val": [("Is it 3?", "no", "")]}, "1 val.* questions .*'Is it 3"),
     ({"test": [("IS  it 3?", "no", "")]}, "1 test questions .*'IS  it 3.'"),
     ({"test": [("x", "no", "")], "stage1_train": [("X", "", "r")]}, "1 test questions .*'x'"),
     ({"train": [("q " * 60, "no", "r")], "stage1_train": [("q " * 60, "no", "r")]}, "1 prompts"),
 ]
 for label in ("YES", "Ｙes", "yes\u2003"):
     LOOKS.append(({"train": [("q", label, "")] * 9}, "2 labels .*like.*'yes', '"))
-for more, warning in [
-    ({"train": [("q", "odd", "")]}, "1 labels .*'odd'"),  # one of 25
-    ({"train": [("a\nb", "no", "")]}, r"1 characters .*'\\n'"),  # T5 drops it without a word
-    ({"train": [("cafe\u0301", "no", "")]}, None),  # T5 makes an é of it
-    ({"val": [("Is it 3?", "no", "")]}, "1 val.* questions .*'Is it 3"),
-]:
-    LOOKS.append((more, warning))
 
 
 @pytest.mark.parametrize(("more", "warning"), LOOKS, ids=range(len(LOOKS)))
@@ -350,17 +328,6 @@ def test_a_look_counts_what_is_cut():
 
 # ---- Tokenizer and batches.
 NOTES = [Example("x" * random.Random(i).randint(5, 120), str(i), "") for i in range(1000)]
-
-
-def test_files_that_are_no_tokenizer_are_refused(tmp_path):
-    """Catches SentencePiece's own error, a message without the file or the way to the right one."""
-    path = tmp_path / "spiece.model"
-    swapped = t5_like(["a b"] * 9, 7, pad_id=1, eos_id=0)
-    for content in (None, b"", b"no model", POINTER, swapped):
-        if content is not None:
-            path.write_bytes(content)
-        with pytest.raises(data.InputError, match=r"spiece.model: .*of a T5, .*git lfs pull"):
-            Tokenizer.load(path)
 
 
 def test_encoding_pads_on_the_right_and_ends_with_the_end_token():

@@ -1,6 +1,7 @@
 """model.py: weights, dropout, decoding, optimisers. The models are tiny and random.
 
-That all parts compute what transformers' T5 does (masks, padding, positions, loss): test_t5.py.
+That all parts compute what transformers' T5 does (masks, padding, positions, loss, gradients):
+test_t5.py.
 """
 
 import pytest
@@ -13,7 +14,6 @@ V10 = {"gated": False, "tied": True, "scaled": True}
 V11 = {"gated": True, "tied": False, "scaled": False}
 SHAPE = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2}
 SHAPE |= {"num_layers": 2, "num_decoder_layers": 2}
-both = pytest.mark.parametrize("variant", [V10, V11], ids=["v1.0", "v1.1"])
 
 
 def tiny(seed: int = 0, **options) -> Transformer:
@@ -35,19 +35,7 @@ def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, 30, (rows, length), generator=generator)
 
 
-@both
-def test_every_weight_gets_a_finite_gradient(variant):
-    """Catches a layer that is never used, and a NaN from an example without rationale."""
-    model = tiny(**variant)
-    labels = random_ids(4, 5, seed=1)
-    labels[2] = 0
-    model.nll(random_ids(4, 6), labels).sum().backward()
-    for name, weight in model.named_parameters():
-        assert weight.grad.isfinite().all() and weight.grad.any(), name
-    assert model.nll(random_ids(2, 4), torch.zeros(2, 1, dtype=torch.long)).tolist() == [[0], [0]]
-
-
-@both
+@pytest.mark.parametrize("variant", [V10, V11], ids=["v1.0", "v1.1"])
 def test_initialisation_is_t5s(variant):
     """Catches a q without the 1/sqrt(K) that attention leaves out, and any other wrong scale."""
     torch.manual_seed(0)
@@ -115,13 +103,3 @@ def test_an_update_moves_each_weight_by_its_rate(name):
     layers = [*model.encoder.parameters(), *model.decoder.parameters()]
     matrices = {weight for weight in layers if weight.ndim == 2}
     assert name == "adamw" or matrices == {g["params"][0] for g in optimizers[0].param_groups}
-
-
-def test_bfloat16_trains_and_decodes():
-    """Catches a mask or cache of another type than its tensors, seen only with --dtype bfloat16."""
-    model, source, labels = tiny(), random_ids(2, 5), random_ids(2, 4, seed=1)
-    with torch.autocast("cpu", torch.bfloat16):
-        nll = model.nll(source, labels)
-        nll.sum().backward()
-        assert model.generate(source, 4).shape == (2, 4) and nll.dtype == torch.float32
-    torch.testing.assert_close(nll, model.nll(source, labels), rtol=0.05, atol=0.1)

@@ -30,10 +30,6 @@ def weights(path: Path) -> dict[str, Tensor]:
     return torch.load(path, weights_only=True)["weights"]
 
 
-def same_training(one: Path, other: Path) -> bool:
-    return same(*[torch.load(out / "last.pt", weights_only=True) for out in (one, other)])
-
-
 @pytest.fixture(scope="module")
 def easy(tmp_path_factory):
     """Options under which labels are valid after a few updates."""
@@ -88,7 +84,9 @@ def test_coins_are_fair_within_five_sigma_and_one_per_example():
     assert abs(sum(sums) - 9600) < 5 * math.sqrt(32000 * 0.3 * 0.7)
     assert len(set(sums)) > 10
     assert r2d.flip_coins(100, 0.0, generator) == [False] * 100
+    before = torch.get_rng_state()
     assert r2d.flip_coins(100, 1.0, generator) == [True] * 100
+    assert torch.get_rng_state().equal(before)
 
 
 # ---- losses -------------------------------------------------------------------------------------
@@ -154,31 +152,26 @@ def test_prompts_targets_and_losses_of_every_method(method, monkeypatch):
 
 
 # ---- training -----------------------------------------------------------------------------------
-@pytest.mark.parametrize(("optimizer", "new"), [("muon", 0.2), ("adamw", 0.1)])
-def test_gradients_are_clipped(optimizer, new, tmp_path):
-    """Catches gradients that are not clipped to norm 1: `new` is their share in the first mean."""
-    more = "--stage 1 --stage1-steps 1 --batch-size 2 --optimizer".split()
-    assert start(tmp_path, *more, optimizer) == 0
+def test_gradients_are_clipped(tmp_path):
+    """Catches gradients that are not clipped to norm 1; 0.2 is their share in the first mean."""
+    assert start(tmp_path, *"--stage 1 --stage1-steps 1 --batch-size 2".split()) == 0
     means = []
     for state in torch.load(tmp_path / "last.pt", weights_only=True)["optimizers"]:
         means += [x.get("exp_avg", x.get("momentum_buffer")) for x in state["state"].values()]
-    assert math.hypot(*map(torch.norm, means)) == pytest.approx(new, rel=1e-4)
+    assert math.hypot(*map(torch.norm, means)) == pytest.approx(0.2, rel=1e-4)
     assert lines(tmp_path / "log.jsonl")[0]["grad_norm"] > 1
 
 
-def test_rates(easy_run, tmp_path):
-    """Catches one rate for all tensors of Muon, position biases that hardly move, sizes measured
-    anew at each update or in another stage; AdamW with Muon's rates (how far: test_model.py)."""
+def test_rates(easy, easy_run, tmp_path):
+    """Catches one rate for all tensors of Muon, sizes measured anew at each update or in another
+    stage, AdamW with Muon's rates (the relative ones: test_model.py)."""
     lr = lines(easy_run / "log.jsonl")[-1]["lr"]
-    expected = []
-    for name, weight in weights(easy_run / "stage1.pt").items():
-        size = 3.0 if "bias" in name else weight.square().mean().sqrt().item()
-        matrix = weight.ndim == 2 and name.startswith(("encoder.", "decoder."))
-        expected.append(lr * size * (5 if matrix else 1))
-    rates = []
-    for state in torch.load(easy_run / "last.pt", weights_only=True)["optimizers"]:
-        rates += [group["lr"] for group in state["param_groups"]]
-    assert sorted(rates) == pytest.approx(sorted(expected))
+    run = tiny(*easy)
+    run.model.load_state_dict(weights(easy_run / "stage1.pt"))
+    saved = torch.load(easy_run / "last.pt", weights_only=True)["optimizers"]
+    for state, optimizer in zip(saved, run.model.make_optimizers("muon"), strict=True):
+        expected = [lr * group["relative_lr"] for group in optimizer.param_groups]
+        assert [group["lr"] for group in state["param_groups"]] == pytest.approx(expected)
     assert start(tmp_path, "--optimizer", "adamw", "--stage", "1") == 0
     rates = [line["lr"] for line in lines(tmp_path / "log.jsonl")]
     assert rates == pytest.approx([0.001, 0.00075, 0.0005, 0.00025])
@@ -200,7 +193,8 @@ SCORES = [1, 0, 0, 0, 0, 2, 1, 2, 0, 0, 0]  # stage 2: best at the sixth that co
 @pytest.mark.parametrize(("ramp", "first"), [("0.3", 26), ("0.65", 28)])
 def test_selection_and_early_stopping(ramp, first, tmp_path, monkeypatch):
     """Catches a checkpoint from before 65 % or the ramp's end, patience that is not reset, a
-    stage 2 not from the best weights, dropout in validation, the same dropout or coins again."""
+    stage 2 not from the best weights or from a file, which rank 0 may still be writing; dropout
+    in validation, the same dropout or coins again."""
     began, kept, drawn = [], [], []
     scores = [{"val_loss": x} for x in LOSSES]
     scores += [{"val_macro_f1": x} for x in [9] * (first - 1) + SCORES]
@@ -222,6 +216,7 @@ def test_selection_and_early_stopping(ramp, first, tmp_path, monkeypatch):
         return [False] * n
 
     new = {"validate": validate, "token_loss": spy, "flip_coins": flip_coins, "evaluate": id}
+    new["load"] = None
     for name, function in new.items():
         monkeypatch.setattr(r2d, name, function)
     more = "--stage1-steps 20 --stage2-steps 40 --eval-every 1 --ramp".split()
@@ -292,11 +287,13 @@ def test_few_rationales_are_enough_but_none_are_refused(every, tmp_path, capsys)
 
 # ---- whole runs ---------------------------------------------------------------------------------
 def test_a_run_leaves_the_files_of_the_contract(finished):
-    """Catches a file, an option or a key that was renamed or left over; another schedule."""
+    """Catches a file, an option or a key that was renamed or left over; another schedule; a seed
+    that decides nothing."""
     assert sorted(contents(finished)) == FILES
     config = read(finished / "config.json")
     assert config["labels"] == data.DISPOSITIONS
     assert config["model"]["d_model"] == config["width"] == 16
+    assert not same(tiny().model.state_dict(), tiny("--seed", "1").model.state_dict())
     options = set(vars(r2d.parse_args(["--out", "never-made"])))
     assert options - set(config) == {"stage", "out", "device", "eval", "ask", "given"}
     log = lines(finished / "log.jsonl")
@@ -318,9 +315,10 @@ CONDITIONS = {"r2d": ["gold", "predicted", "flipped"], "dss": ["predicted"], "sf
 
 @pytest.mark.parametrize("method", CONDITIONS)
 def test_metrics_are_the_scores_of_the_rows(method, easy, easy_run, tmp_path):
-    """Catches scores of something else than these rows, a row without a fact, a reader unused."""
+    """Catches scores of something else than these rows, a row without a fact, a reader unused; a
+    mask or cache that --dtype bfloat16 cannot have."""
     out = easy_run if method == "r2d" else tmp_path
-    assert method == "r2d" or start(out, "--method", method, *easy) == 0
+    assert method == "r2d" or start(out, "--method", method, "--dtype", "bfloat16", *easy) == 0
     rows = lines(out / "predictions.jsonl")
     scores = metrics.score(rows, read(out / "config.json")["labels"])
     scores |= {"method": method, "data": easy[1], "seed": 0}
@@ -375,27 +373,6 @@ def test_the_test_split_is_for_the_test(monkeypatch):
             p = 0 if label == gold else 1 / 4
             sigma = math.sqrt(len(drawn) * p * (1 - p))
             assert abs(drawn.count(label) - p * len(drawn)) <= 5 * sigma
-
-
-def test_the_seed_decides():
-    """Catches a seed that decides nothing; that nothing else decides: test_faults.py."""
-    assert not same(tiny().model.state_dict(), tiny("--seed", "1").model.state_dict())
-    batches = [data.make_batches(tiny().dataset.train, 8, seed, 0) for seed in (0, 1)]
-    assert batches[0] != batches[1]
-
-
-def test_p_zero_is_gold_only_and_p_one_is_not(easy, tmp_path, monkeypatch):
-    """Catches sampling that costs a random number at P = 0, and one that changes no prompt."""
-    monkeypatch.setattr(r2d, "evaluate", id)  # none
-    more = [*easy, "--dropout", "0.1", "--warmup", "0", "--ramp", "0"]
-    assert start(tmp_path / "own", *more, "--cap", "1") == 0
-    assert start(tmp_path / "zero", *more, "--cap", "0") == 0
-    monkeypatch.setattr(r2d, "flip_coins", lambda n, p, generator: [False] * n)  # no coin at all
-    assert start(tmp_path / "gold", *more, "--schedule", "none") == 0
-    assert same_training(tmp_path / "zero", tmp_path / "gold")
-    log = lines(tmp_path / "own" / "log.jsonl")[4:]
-    assert {line["used_predicted"] + line["invalid_predicted"] for line in log} == {8}
-    assert sum(line["wrong_predicted"] for line in log) > 0
 
 
 def test_eval_and_ask_use_the_checkpoint(easy_run, tmp_path, capsys, monkeypatch):
