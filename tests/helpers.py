@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,22 +84,6 @@ def same(one: object, two: object) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(two) and all(map(same, one, two))
     return one.equal(two) if isinstance(one, Tensor) else one == two
-
-
-def changed(content: dict, *path: object, value: object) -> dict:
-    place = content
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    return content
-
-
-def data_options(**changes: object) -> Namespace:
-    """The options that data.load_data takes, with the defaults of r2d.py."""
-    o = {"data": "triage", "seed": 0, "limit": None, "notes": 1000, "stage1_notes": None}
-    o |= {"override": 0.2, "rationales": "llm", "stage1_rationales": "llm", "stage1_data": None}
-    assert changes.keys() <= o.keys()
-    return Namespace(**(o | changes))
 
 
 def t5_like(texts: list[str], size: int, **ids: object) -> bytes:

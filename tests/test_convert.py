@@ -26,11 +26,11 @@ def run(*arguments: str) -> dict[str, list[list[str]]]:
     return splits
 
 
-def pubmedqa(n: int, question: str = "Is {} bad?") -> dict[str, dict]:
+def pubmedqa(n: int) -> dict[str, dict]:
     items = {}
     for i in range(n):
         label = ["yes", "no", "maybe"][i % 3]
-        items[f"id{i}"] = {"QUESTION": question.format(i), "CONTEXTS": ["One.", "Two."]}
+        items[f"id{i}"] = {"QUESTION": f"Is {i} bad?", "CONTEXTS": ["One.", "Two."]}
         items[f"id{i}"] |= {"final_decision": label, "LONG_ANSWER": f"Since {i}."}
     return items
 
@@ -56,8 +56,10 @@ def premises(n: int, name: str = "dev") -> list[tuple[str, str, str, str]]:
 
 def test_pubmedqa(capsys):
     """Catches a lost context, a wrong column, ids not kept, foreign ids that stop or count; test
-    ids taken from a file nobody named, other shares, splits that change."""
-    source = write("ori_pqal.json", pubmedqa(50))
+    ids taken from a file nobody named, other shares, splits that change; a question whose twin, in
+    other letters or blanks, is learned and then tested."""
+    items = pubmedqa(50)
+    source = write("ori_pqal.json", items)
     truth = write("test_ground_truth.json", {"id3": "yes", "id41": "maybe", "foreign": "no"})
     splits = run("pubmedqa", source)
     assert [len(splits[name]) for name in splits] == [40, 5, 5]
@@ -65,27 +67,15 @@ def test_pubmedqa(capsys):
     assert numbers == ["12", "0", "27", "47", "7"]  # neither in order nor by chance
     capsys.readouterr()
     shutil.rmtree("out")
+    write(source, items | {"twin": items["id3"] | {"QUESTION": "IS  3 bad?"}})
     splits = run("pubmedqa", source, truth)
     expected = [["Is 3 bad? One. Two.", "yes", "Since 3."]]
     assert splits["test"] == [*expected, ["Is 41 bad? One. Two.", "maybe", "Since 41."]]
     assert [len(splits["train"]), len(splits["val"])] == [43, 5]  # of 48, a tenth is val
     assert len({row[0] for row in splits["train"] + splits["val"] + splits["test"]}) == 50
     printed = capsys.readouterr().out
-    assert f"1 ids of {truth}" in printed and "skipped" not in printed
+    assert f"1 ids of {truth}" in printed and "1 of train skipped: also" in printed
     assert "test: 2 examples: maybe 1, yes 1\n" in printed
-
-
-def test_equal_questions_stand_in_one_split():
-    """Catches a question whose twin, in other letters or blanks, is learned and then tested."""
-    twins = pubmedqa(40) | {f"x{key}": item for key, item in pubmedqa(40, "IS  {} bad?").items()}
-    write("o.json", twins)
-    for truth in ([], [write("truth.json", dict.fromkeys(list(twins)[:9], "yes"))]):
-        found = {}
-        for name, rows in run("pubmedqa", "o.json", *truth).items():
-            for row in rows:
-                found.setdefault(row[0].split()[1], set()).add(name)
-        assert len(found) == 40 and all(len(names) == 1 for names in found.values())
-        shutil.rmtree("out")
 
 
 def test_texts_survive():

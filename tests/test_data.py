@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import data_options, jsonl, t5_like
+from helpers import jsonl, t5_like
 
 import data
 import metrics
+import r2d
 from data import COMPLAINTS, DISPOSITIONS, RED_FLAGS, WORDS, Example, Tokenizer, read_facts
 
 VOICES = ["llm", "nurse", "post"]
@@ -23,10 +24,19 @@ for flag, words in RED_FLAGS.items():
         GROUPS[group].append(flag)
 
 
+def load(source: str | Path, content: str = "", **changes: object) -> data.Dataset:
+    """By r2d.py's default options and these changes, from a file with this content, if given."""
+    if content:
+        source.write_bytes(content.encode())
+    o = r2d.parse_args(["--out", "never-made", "--data", str(source)])
+    assert changes.keys() <= vars(o).keys()
+    vars(o).update(changes)
+    return data.load_data(o)
+
+
 @cache
 def triage(voice: str = "llm", **changes: object) -> data.Dataset:
-    changes = {"rationales": voice, "stage1_rationales": voice} | changes
-    return data.load_data(data_options(**changes))
+    return load("triage", **{"rationales": voice, "stage1_rationales": voice} | changes)
 
 
 def everything(dataset: data.Dataset) -> list[Example]:
@@ -185,12 +195,6 @@ for i in range(30):
     RECORDS.append({"question": f"Is it {i}?", "label": label, "rationale": f"Reason {i}."})
 EXAMPLES = [Example(**record) for record in RECORDS]
 NASTY = {"question": 'A "q",\nof 2 lines, é 日本 \u2028 x', "label": "a, b", "rationale": ""}
-
-
-def load(path: Path, content: str = "", **changes: object) -> data.Dataset:
-    if content:
-        path.write_bytes(content.encode())
-    return data.load_data(data_options(data=str(path), **changes))
 
 
 def as_csv(records: list[dict]) -> str:

@@ -174,7 +174,8 @@ def fill(rows: list[dict], **columns: list) -> None:
 
 
 def test_score_by_hand():
-    """Catches given and gold swapped, a scale of 0-1, a mean of nats per token, an inverted gap."""
+    """Catches given and gold swapped, a scale of 0-1, a mean of nats per token, an inverted gap; a
+    following of notes whose flipped label is the model's own: it argues for that unasked."""
     rows = run_rows(4)
     golds = ["it is so mild", "it is so bad", "see one in a day", "all is so well"]
     texts = [text + " x" for text in golds]
@@ -185,6 +186,8 @@ def test_score_by_hand():
     fill(rows, rationale_given_ceiling_gold=golds, rationale_given_ceiling=texts)
     fill(rows, argues_given_predicted=["ED"] * 4, ungrounded_given_predicted=[["x"], [], [], []])
     fill(rows, nats_given_gold=[2.0] * 4, nats_given_predicted=[13.0, 3, 3, 3], tokens=[8, 4, 4, 4])
+    fill(rows, flipped_label=["home", "ED", "doctor", "home"])
+    fill(rows, argues_given_flipped=["home", "doctor", "doctor", "ED"])
     result = score(rows, LABELS)
     label = result["label"]
     assert label["n"] == 4 and label["accuracy"] == 50 and label["invalid"] == 25
@@ -201,16 +204,8 @@ def test_score_by_hand():
     assert result["exposure"]["bleu_gap"] == pytest.approx(100 - predicted["bleu"]) != 0
     assert result["exposure"]["nll_gap"] == (11 + 3) / 20
     assert result["exposure"]["ceiling_bleu_gap"] == result["exposure"]["bleu_gap"]
+    assert result["exposure"]["following_n"] == 2 and result["exposure"]["following"] == 50
     assert result["reader"]["n"] == 4 and result["reader"]["accuracy"] == 25
-
-
-def test_following_leaves_out_agreement_by_chance():
-    """Catches notes whose flipped label is the model's own: it argues for that unasked."""
-    rows = run_rows(4)
-    fill(rows, flipped_label=["ED", "ED", "doctor", "home"], predicted_label=["ED", *["home"] * 3])
-    fill(rows, argues_given_flipped=["ED", "ED", "home", "home"])
-    exposure = score(rows, LABELS)["exposure"]
-    assert exposure["following_n"] == 2 and exposure["following"] == 50
     result = score(rows[:1], LABELS)
     assert "following" not in result["exposure"]
     flipped = next(line for line in printed(result) if line.startswith("flipped label"))

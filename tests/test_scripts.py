@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import bertscore
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import why
-from helpers import ROOT, changed, lines, read, refusal, status, write_t5
+from helpers import ROOT, jsonl, lines, read, refusal, status, write, write_t5
 from scipy import stats
 
 import data
@@ -75,9 +77,9 @@ def test_compare_json_holds_the_runs_own_numbers(compared: Path, copy: Path) -> 
     assert not [name for name in compare.SCORES if None in row[name]["values"]]
     for name, bleu in (("dss-1", 50.5), ("dss-3", 53.5), ("r2d-1", 40.5), ("r2d-3", 41.0)):
         result = {"rationale": {"predicted": {"bleu": bleu}}, "label": {"accuracy": 0}}
-        (copy / name / "metrics.json").write_text(json.dumps(result))
+        write(copy / name / "metrics.json", result)
     line = {"stage": 2, "loss_explain": 1, "wrong_predicted": 5, "prompts": 5}
-    (copy / "dss-3" / "log.jsonl").write_text(json.dumps(line) + "\n")
+    write(copy / "dss-3" / "log.jsonl", jsonl([line]))
     assert status(compare.main, "dss", "r2d", "--seeds", 3, 1, "--out", copy, *OPTIONS) == 0
     row = read(copy / "compare.json")["dss"]
     assert row["seeds"] == [1, 3] and row["bleu"]["values"] == [50.5, 53.5]
@@ -183,8 +185,7 @@ def test_bertscore_is_of_the_given_encoder(copy: Path) -> None:
         row["rationale_given_gold"] = row["rationale"]
         row["rationale_given_predicted"] = text
     rows.append(rows[0] | {"rationale": ""})  # counts for no rationale score
-    text = "\n".join([json.dumps(row, ensure_ascii=False) for row in rows])
-    (copy / "r2d-3" / "predictions.jsonl").write_text(text + "\n", encoding="utf-8")
+    write(copy / "r2d-3" / "predictions.jsonl", jsonl(rows))
     assert status(bertscore.main, copy / "r2d-3", "--encoder", t5) == 0
     tokenizer = data.Tokenizer.load(t5 / "spiece.model").processor
     encoder = pytest.importorskip("transformers").T5EncoderModel.from_pretrained(t5).eval()
@@ -217,9 +218,10 @@ def test_pictures_show_the_numbers(copy: Path) -> None:
         ("r2d-1", "r2d-1/metrics.json", "rationale", "gold", "bleu"),
         ("r2d-1", "r2d-1/metrics.json", "rationale", "ceiling", "bleu"),
     ]
-    for source, name, *place in shown:
-        path = copy / name
-        path.write_text(json.dumps(changed(read(path), *place, value=99.0)))
+    for source, name, *place, key in shown:
+        content = read(copy / name)
+        reduce(getitem, place, content)[key] = 99.0
+        write(copy / name, content)
         assert status(draw.main, copy / source, out) == 0
         assert out.read_bytes() != pictures[source]
         pictures[source] = out.read_bytes()

@@ -155,10 +155,12 @@ def test_logits_loss_and_gradients_equal_transformers(pair):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("write", [write_parts, write_safetensors])
 def test_both_files_and_all_types_give_float32(tmp_path, write, dtype):
-    """Catches a format that is not read, a model that trains in the type of its file, config.json's
-    dropout in training, and weights drawn in vain before they are read."""
+    """Catches a format that is not read, a pickle preferred to the safetensors file beside it, a
+    model that trains in the type of its file, config.json's dropout in training, and weights drawn
+    in vain before they are read."""
     weights = {name: weight.to(dtype) for name, weight in random_weights().items()}
     expected = rename_t5(weights)
+    write_parts(tmp_path, {"other.weight": torch.ones(1)})
     write(tmp_path, weights)
     before = torch.get_rng_state()
     model = load_t5(tmp_path, dropout=0.3)
@@ -232,9 +234,3 @@ def test_damaged_weights_are_refused(tmp_path, name):
         torch.save(content, file)
         assert "weights_only" not in refusal(tmp_path)  # torch's advice to let it
     assert not Path("evil").exists()
-
-
-def test_safetensors_goes_first(tmp_path):
-    """Catches a pickle preferred to the safetensors file beside it."""
-    write_parts(tmp_path, {"other.weight": torch.ones(1)})
-    load_t5(write_safetensors(tmp_path, random_weights()))
