@@ -109,6 +109,7 @@ def write_notes(path: Path, every: int = 1) -> Path:
 
 def write_folder(path: Path, train: int = 1, val: int = 1) -> str:
     """The same notes as train, val and test; in two of them each so many-th has a rationale."""
+    path.mkdir(exist_ok=True)
     for name, every in {"train": train, "val": val, "test": 1}.items():
         write_notes(path / f"{name}.csv", every)
     return str(path)

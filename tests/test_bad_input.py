@@ -32,7 +32,6 @@ JSONL = {"nothing": ("", "10 questions"), "nine records": (jsonl(GOOD[:9]), "10 
 JSONL["one label"] = jsonl(GOOD[::2]), "2 labels in train"
 JSONL["no rationales"] = jsonl([record(i, rationale=" ") for i in range(30)]), "no rationales"
 JSONL["latin-1"] = TEXT.replace("bad", "é").encode("latin-1"), "UnicodeDecodeError"
-JSONL["UTF-16"] = TEXT.encode("utf-16"), "as UTF-8 text"
 BAD_LINES = ["null", "3", "[]", "{", "Dear reader", "\0", LINE[:-1], LINE + LINE, "\ufeff" + LINE]
 for line in [*BAD_LINES, "[" * 100_000, "1" * 5000]:
     JSONL[f"line {line[:20]!r}"] = f"{TEXT}\n\n{line}\n{TEXT}", "after line 3[03]; needs"
@@ -46,9 +45,7 @@ for value in ("null", '" \u00a0"'):
     del JSONL[f"rationale is {value}"]  # that is an empty one
 CSV = {"no header": (ROWS, "'question'.* needs question,label,rationale"), "nothing": ("", "10")}
 CSV["two columns"] = HEADER.replace("\n", ",label\n") + ROWS.replace("\n", ",new\n"), "same name"
-CSV["capitals"] = HEADER.upper() + ROWS, "'question'"
 CSV["semicolons"] = (HEADER + ROWS).replace(",", ";"), "'question'"
-CSV["latin-1"] = (HEADER + ROWS + "é,yes,r").encode("latin-1"), "as UTF-8"
 for row in ("q,yes", "q,yes,r,s", "“q, and”,yes,r", "q,yes,r,"):
     CSV[f"row {row}"] = f"{HEADER}{ROWS}{row}\n", "fields as columns; put texts in double quotes"
 for row in (",yes,r", "q, ,r", 'q,yes,"r', 'q,"a"b,r', '"say \\"a\\"",yes,r'):
@@ -66,7 +63,6 @@ for stem in ("train", "val", "test"):
     changes = {"missing": ({}, one), "twice": (SPLITS | {f"{stem}.csv": ROWS}, one)}
     changes |= {"empty": ({f"{stem}.csv": HEADER}, "10 questions")}
     changes |= {"a folder": ({f"{stem}.csv/x": ""}, f"{stem}.csv: ")}
-    changes |= {"bad": ({f"{stem}.jsonl": TEXT + "{}"}, "after line 31")}
     for kind, (files, words) in changes.items():
         DATA[f"folder, {stem} {kind}"] = rest | files, ".", words
 DATA["json"] = {"d.json": TEXT}, "d.json", r"end in .csv or .jsonl \(a JSON object on each"

@@ -11,6 +11,7 @@ import convert
 import pytest
 from helpers import POINTER, refusal, write
 
+TEXT = 'He said "no, no",\r\nthen\nleft\rÉ \u2028 \U0001f912; \\'
 ESNLI = ["s1", "s2", "labels", "preproc1_expl_1"]
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -57,35 +58,30 @@ def premises(n: int, name: str = "dev") -> list[tuple[str, str, str, str]]:
 def test_pubmedqa(capsys):
     """Catches a lost context, a wrong column, ids not kept, foreign ids that stop or count; test
     ids taken from a file nobody named, other shares, splits that change; a question whose twin, in
-    other letters or blanks, is learned and then tested."""
+    other letters or blanks, is learned and then tested; a csv or an encoding that breaks quotes,
+    commas, line ends, letters, BOMs."""
     items = pubmedqa(50)
     source = write("ori_pqal.json", items)
-    truth = write("test_ground_truth.json", {"id3": "yes", "id41": "maybe", "foreign": "no"})
+    truth = write("test_ground_truth.json", {"id3": "", "id41": "", "foreign": "", "odd": ""})
     splits = run("pubmedqa", source)
     assert [len(splits[name]) for name in splits] == [40, 5, 5]
     numbers = [row[0].split()[1] for row in splits["test"]]
     assert numbers == ["12", "0", "27", "47", "7"]  # neither in order nor by chance
     capsys.readouterr()
     shutil.rmtree("out")
-    write(source, items | {"twin": items["id3"] | {"QUESTION": "IS  3 bad?"}})
+    items["twin"] = items["id3"] | {"QUESTION": "IS  3 bad?"}
+    items["odd"] = {"QUESTION": TEXT, "CONTEXTS": [], "LONG_ANSWER": "left\rright"}
+    items["odd"]["final_decision"] = ' a,"b"\n'
+    write(source, "\ufeff" + json.dumps(items))
     splits = run("pubmedqa", source, truth)
-    expected = [["Is 3 bad? One. Two.", "yes", "Since 3."]]
-    assert splits["test"] == [*expected, ["Is 41 bad? One. Two.", "maybe", "Since 41."]]
+    expected = [["Is 3 bad? One. Two.", "yes", "Since 3."], [TEXT, 'a,"b"', "left\rright"]]
+    expected.append(["Is 41 bad? One. Two.", "maybe", "Since 41."])
+    assert sorted(splits["test"]) == sorted(expected)
     assert [len(splits["train"]), len(splits["val"])] == [43, 5]  # of 48, a tenth is val
-    assert len({row[0] for row in splits["train"] + splits["val"] + splits["test"]}) == 50
+    assert len({row[0] for row in splits["train"] + splits["val"] + splits["test"]}) == 51
     printed = capsys.readouterr().out
     assert f"1 ids of {truth}" in printed and "1 of train skipped: also" in printed
-    assert "test: 2 examples: maybe 1, yes 1\n" in printed
-
-
-def test_texts_survive():
-    """Catches a csv or an encoding that breaks quotes, commas, line ends, letters, BOMs."""
-    text = 'He said "no, no",\r\nthen\nleft\rÉ \u2028 \U0001f912; \\'
-    items = pubmedqa(50) | {"odd": {"QUESTION": text, "CONTEXTS": []}}
-    items["odd"] |= {"final_decision": ' a,"b"\n', "LONG_ANSWER": "left\rright"}
-    write("o.json", "\ufeff" + json.dumps(items))
-    write("truth.json", {"odd": ""})
-    assert run("pubmedqa", "o.json", "truth.json")["test"] == [[text, 'a,"b"', "left\rright"]]
+    assert 'test: 3 examples: a,"b" 1, maybe 1, yes 1\n' in printed
 
 
 def test_bioasq():

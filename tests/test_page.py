@@ -1,6 +1,6 @@
 """The page of notebooks/page.py, read as a file and used in a browser.
 
-Needs Chromium and playwright; without them the tests in a browser are skipped.
+Without Chromium the tests in a browser are skipped.
 """
 
 import json
@@ -12,6 +12,7 @@ import page
 import picture
 import pytest
 from helpers import TINY, lines, read, refusal, status
+from playwright.sync_api import sync_playwright
 
 import data
 import r2d
@@ -122,11 +123,9 @@ def test_bad_input_ends_in_one_line(folder: Path, tmp_path: Path, capsys, monkey
 # ---- In a browser
 @pytest.fixture(scope="module")
 def browser():
-    reason = "needs playwright: pip install -r tests/requirements.txt"
-    api = pytest.importorskip("playwright.sync_api", reason=reason)
     if not picture.CHROMIUM:
         pytest.skip("needs the browser Chromium on the PATH, such as apt-get install chromium")
-    with api.sync_playwright() as playwright:
+    with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=picture.CHROMIUM, args=["--no-sandbox"])
 
 
