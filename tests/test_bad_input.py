@@ -99,6 +99,7 @@ OPTIONS |= {"--stage 1 --method sft": "--stage 1", "--stage 1 --no-stage1": "--s
 OPTIONS |= {"--eval": "stage2.pt", "--ask x": "stage2.pt", "--device mps --method dss": "mps"}
 OPTIONS |= {"--data t.csv": "t.csv", "--init f": "f/spiece", "--out f": "f", "--out f/a/b": "f"}
 OPTIONS |= {"--max-target 3": "label", "--given x": "--given", "--ask caf\udce9": "utf-8"}
+OPTIONS["--ask x --given x --method dss"] = "--given"
 COUNTS = "stage1-steps stage2-steps batch-size eval-every width layers heads notes limit seed"
 for name in [*COUNTS.split(), "stage1-notes", "max-source", "max-target", "vocab-size"]:
     for value in (-1, "1.5", 10**12):

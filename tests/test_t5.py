@@ -201,17 +201,12 @@ def test_weights_that_are_not_whole_are_refused_by_name(tmp_path):
     (write_parts(tmp_path) / "model.safetensors.index.json").write_text('{"weight_map": {}}')
     assert "No such file" in refusal(tmp_path)  # of parts none is read
     weights = random_weights()
-    names = {  # a T5 weight, and what the message holds of our name for it
-        "shared.weight": "embedding.weight",
-        "decoder.block.2.layer.2.layer_norm.weight": "decoder.2.ff_norm.weight",
-        "encoder.block.1.layer.0.SelfAttention.k.weight": "encoder.1.self_attention.k.weight",
-    }
-    for name, ours in names.items():
-        weight = weights[name]
-        less = {other: weights[other] for other in weights if other != name}
-        assert ours in refusal(write_parts(tmp_path, less))
-        for other in (weight[:-1], weight[None], weight.sum()):
-            assert ours in refusal(write_parts(tmp_path, weights | {name: other.clone()}))
+    name = "decoder.block.2.layer.2.layer_norm.weight"
+    ours = "decoder.2.ff_norm.weight"
+    less = {other: weights[other] for other in weights if other != name}
+    assert ours in refusal(write_parts(tmp_path, less))
+    for other in (weights[name][:-1], weights[name][None], weights[name].sum()):
+        assert ours in refusal(write_parts(tmp_path, weights | {name: other.clone()}))
     deeper = "encoder.block.2.layer.0.SelfAttention.q.weight"  # than config.json says
     for name in (deeper, "encoder.block.0.layer.1.DenseReluDense.wi_2.weight", "zebra"):
         assert "Unexpected" in refusal(write_parts(tmp_path, weights | {name: torch.ones(3)}))
