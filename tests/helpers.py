@@ -36,6 +36,11 @@ def lines(path: Path) -> list:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
+def record(i: int, **changes: str) -> dict[str, str]:
+    row = {"question": f"Is {i} bad?", "label": "yes" if i % 2 else "no", "rationale": f"R {i}."}
+    return row | changes
+
+
 def jsonl(rows: list[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -49,8 +54,12 @@ def write(name: str, content: object) -> str:
     return name
 
 
-def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+def contents(folder: Path) -> dict[str, bytes]:
+    """All that is in a folder."""
+    found = {}
+    for path in folder.rglob("*"):
+        found[str(path.relative_to(folder))] = path.is_file() and path.read_bytes()
+    return found
 
 
 def status(main: Callable, *arguments: object) -> int:
@@ -61,19 +70,14 @@ def status(main: Callable, *arguments: object) -> int:
         return end.code
 
 
-def tree() -> dict[Path, bytes]:
-    """All that is in the working folder."""
-    return {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
-
-
 def refusal(capsys: pytest.CaptureFixture, main: Callable, *arguments: object) -> str:
     """The one line, with status 2, that refuses these arguments. No file is made or changed."""
-    before = tree()
+    before = contents(Path())
     capsys.readouterr()
     assert status(main, *arguments) == 2
     message = capsys.readouterr().err
     assert re.fullmatch(r"\w+\.py: .*\n", message) and len(message) < 1500, message
-    assert tree() == before
+    assert contents(Path()) == before
     return message
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import POINTER, TINY, Evil, jsonl, lines, read, refusal, t5_like, write, write_notes
+from helpers import POINTER, TINY, Evil, jsonl, lines, read, record, refusal, t5_like, write
 
 import data
 import r2d
@@ -15,11 +15,6 @@ import r2d
 RUN = [*TINY, "--stage1-steps", "2", "--stage2-steps", "4", "--out", "run"]
 COLUMNS = ["question", "label", "rationale"]
 pytestmark = pytest.mark.usefixtures("here")
-
-
-def record(i: int, **changes: str) -> dict[str, str]:
-    row = {"question": f"Is {i} bad?", "label": "yes" if i % 2 else "no", "rationale": f"R {i}."}
-    return row | changes
 
 
 # ---- bad data -----------------------------------------------------------------------------------
@@ -56,15 +51,12 @@ for ending, cases in {"jsonl": JSONL, "csv": CSV}.items():
     for name, (content, words) in cases.items():
         DATA[f"{ending}, {name}"] = {f"d.{ending}": content}, f"d.{ending}", words
 SPLITS = dict.fromkeys(["train.jsonl", "val.jsonl", "test.jsonl"], TEXT)
-DATA["folder above"] = {f"sub/{name}": TEXT for name in SPLITS}, ".", "train.csv"
 for stem in ("train", "val", "test"):
     rest = {name: TEXT for name in SPLITS if stem not in name}
     one = f"needs one file {stem}.jsonl or {stem}.csv"
-    changes = {"missing": ({}, one), "twice": (SPLITS | {f"{stem}.csv": ROWS}, one)}
-    changes |= {"empty": ({f"{stem}.csv": HEADER}, "10 questions")}
-    changes |= {"a folder": ({f"{stem}.csv/x": ""}, f"{stem}.csv: ")}
-    for kind, (files, words) in changes.items():
-        DATA[f"folder, {stem} {kind}"] = rest | files, ".", words
+    DATA[f"folder, {stem} missing"] = rest, ".", one
+    DATA[f"folder, {stem} twice"] = SPLITS | {f"{stem}.csv": ROWS}, ".", one
+    DATA[f"folder, {stem} empty"] = rest | {f"{stem}.csv": HEADER}, ".", "10 questions"
 DATA["json"] = {"d.json": TEXT}, "d.json", r"end in .csv or .jsonl \(a JSON object on each"
 for path in ("nowhere.jsonl", "f/x.jsonl", "", "Triage", "x" * 300, "two\nlines"):
     DATA[f"path {path[:20]!r}"] = {"f": TEXT}, path, ""
@@ -127,8 +119,8 @@ OTHER += " batch-size=2 stage2-steps=9 data=t.csv dtype=bfloat16 no-stage1 init=
 
 def test_a_run_refuses_other_options(capsys):
     """Catches a resume that silently becomes another run, and one that refuses its own options."""
-    write_notes(Path("notes.csv"))
-    command = [*RUN, "--data", "notes.csv", "--limit", "500", "--stage1-steps", "3"]
+    write("d.jsonl", TEXT)
+    command = [*RUN, "--data", "d.jsonl", "--limit", "500", "--stage1-steps", "3"]
     assert r2d.main([*command, "--stage", "1"]) == 0
     for option in OTHER.split():
         message = refusal(capsys, r2d.main, "--out", "run", f"--{option}")

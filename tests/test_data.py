@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import jsonl, t5_like
+from helpers import jsonl, record, t5_like
 
 import data
 import metrics
@@ -40,8 +40,6 @@ def everything(dataset: data.Dataset) -> list[Example]:
 
 
 # ---- The simulated nurse line: words and rule.
-
-
 @pytest.mark.parametrize("frame", ["Reports {}.", "A man with {} and a dog; it rains.", "{}"])
 def test_every_wording_is_read_back_as_its_fact(frame):
     """Catches a wording of two facts, one that holds another, a denial that goes too far."""
@@ -67,9 +65,8 @@ def test_short_texts_are_read():
 RULE = {"mild": 0, "severe": 2, "mild, over a week": 1, "severe, over a week": 2}
 RULE |= {"mild, no blue lips": 0, "severe, blue lips, ear pain at night": 4}
 RULE |= {"severe, a good appetite": 1, "mild, a good appetite, ear pain at night": 2}
-RULE |= {"mild, diabetes": 1, "severe, a recent operation": 3}
+RULE |= {"mild, diabetes": 1, "severe, a recent operation": 3, "mild, diabetes, blue lips": 4}
 RULE |= {"mild, diabetes, a blood thinner": 1, "mild, diabetes, coughing up blood": 3}
-RULE |= {"mild, diabetes, blue lips": 4}
 
 
 @pytest.mark.parametrize("facts", RULE)
@@ -81,7 +78,6 @@ def test_the_rule(facts):
 def test_calls_are_consistent_and_notes_state_their_facts():
     """Catches flags of another complaint or not the worst first, facts lost or invented in words,
     a cue without a wording, a flag nobody mentions."""
-    assert len(COMPLAINTS) >= 20 and len(DISPOSITIONS) == 5
     rng, wordings = random.Random(1), Counter()
     for _ in range(5000):
         call = data.draw_call(rng)
@@ -137,16 +133,11 @@ def test_splits_and_voices_do_not_disturb_each_other():
         assert getattr(small, split) == getattr(triage("post"), split)[:7]
     assert small.stage1_train == triage("nurse").train[:7]
     assert small.stage1_val == triage("nurse").val[:7]
-    for voice in VOICES:
-        pairs = [(example.question, example.label) for example in everything(triage(voice))]
-        assert pairs == [(example.question, example.label) for example in everything(triage())]
     notes = [example.question for example in everything(triage()) + everything(triage(seed=1))]
     assert len(notes) == 5000 and len(set(notes)) > 4900  # no split or seed repeats another
 
 
 # ---- The simulated nurse line: rationales and their checks.
-
-
 def test_reasons_are_the_llms_without_the_ending():
     """Catches a label or a judgement in the reasons, facts that are lost, a text with neither."""
     reasons = triage(stage1_rationales="reasons").stage1_train
@@ -171,7 +162,8 @@ def test_the_ceiling_knows_the_rule_and_no_more(voice):
         assert (by_gold == by_rule) == (example.label == label)
         exact += by_gold == example.rationale
     assert exact / 1000 == pytest.approx(data.NAMED, abs=0.06)
-    golds = data.columns(triage(voice).test)[2]
+    questions, labels, golds = data.columns(triage(voice).test)
+    assert (questions, labels) == data.columns(triage().test)[:2]
     for condition in ("ceiling_gold", "ceiling"):
         texts = [answer[f"rationale_given_{condition}"] for answer in triage(voice).ceiling]
         bleu.append(metrics.corpus_bleu(texts, golds))
@@ -179,18 +171,15 @@ def test_the_ceiling_knows_the_rule_and_no_more(voice):
 
 
 # ---- Files.
-RECORDS = []
-for i in range(30):
-    label = ["yes", "no"][i % 2]
-    RECORDS.append({"question": f"Is it {i}?", "label": label, "rationale": f"Reason {i}."})
+RECORDS = [record(i) for i in range(30)]
 EXAMPLES = [Example(**record) for record in RECORDS]
 NASTY = {"question": 'A "q",\nof 2 lines, é 日本 \u2028 x', "label": "a, b", "rationale": ""}
 
 
 def as_csv(records: list[dict]) -> str:
     rows = [",".join(records[0])]
-    for record in records:
-        rows.append(",".join('"' + text.replace('"', '""') + '"' for text in record.values()))
+    for row in records:
+        rows.append(",".join('"' + text.replace('"', '""') + '"' for text in row.values()))
     return "\r\n".join(rows)
 
 
@@ -208,31 +197,24 @@ def test_files_read_back_as_they_were_written(tmp_path, name, dump):
         assert sorted(dataset.labels) == ["a, b", "no", "yes"] and dataset.ceiling == []
 
 
-def test_a_file_is_split_by_seed_and_cut_by_limit(tmp_path):
-    """Catches wrong shares, lost examples, and a limit that changes who is in test."""
-    path = tmp_path / "a.jsonl"
-    full, small = load(path, jsonl(RECORDS)), load(path, limit=4)
-    assert [len(full.train), len(full.val), len(full.test)] == [24, 3, 3]
-    assert set(everything(full)) == set(EXAMPLES) and load(path) == full
-    assert load(path, seed=1).test != full.test
-    assert everything(small) == full.train[:4] + full.val + full.test
-    assert small.stage1_train == full.train[:4]
-
-
 ALIKE = ["Is it  é {}?", "is IT é {}? ", "Is it e\u0301 {}?", "Ｉs\u00a0it é\n{}?"]
 ALIKE += ["Is it é\u200b {}?"]
 
 
 @pytest.mark.parametrize("form", ALIKE, ids=ascii)
 def test_equal_questions_stay_in_one_split(tmp_path, form):
-    """Catches a question that is learned and then tested, in other letters, blanks or code."""
+    """Catches a question that is learned and then tested, in other letters, blanks or code; wrong
+    shares, a seed without effect, and a limit that changes who is in test."""
     twins = []
-    for i, record in enumerate(RECORDS):
-        twins += [record | {"question": text.format(i)} for text in ("Is it é {}?", form)]
+    for i in range(30):
+        twins += [record(i, question=text.format(i)) for text in ("Is it é {}?", form)]
     dataset = load(tmp_path / "a.jsonl", jsonl(twins))
     for split, n in [(dataset.train, 24), (dataset.val, 3), (dataset.test, 3)]:
         numbers = Counter(re.sub(r"\D", "", e.question) for e in split)
         assert list(numbers.values()) == [2] * n
+    assert load(tmp_path / "a.jsonl", seed=1).test != dataset.test
+    small = load(tmp_path / "a.jsonl", limit=4)
+    assert everything(small) == dataset.train[:4] + dataset.val[:4] + dataset.test[:4]
 
 
 # ---- A look at the data before training.
@@ -264,8 +246,8 @@ LOOKS = [  # what is added to which split, and the warning
     ({"val": [("a < b", "no", "> α")]}, "3 characters .*'<', '>', 'α'"),
     ({"train": [("a\nb", "no", "")]}, r"1 characters .*'\\n'"),  # T5 drops it without a word
     ({"train": [("cafe\u0301", "no", "")]}, None),  # T5 makes an é of it
-    ({"val": [("Is it 3?", "no", "")]}, "1 val.* questions .*'Is it 3"),
-    ({"test": [("IS  it 3?", "no", "")]}, "1 test questions .*'IS  it 3.'"),
+    ({"val": [("Is 3 bad?", "no", "")]}, "1 val.* questions .*'Is 3 bad"),
+    ({"test": [("IS  3 bad?", "no", "")]}, "1 test questions .*'IS  3 bad.'"),
     ({"test": [("x", "no", "")], "stage1_train": [("X", "", "r")]}, "1 test questions .*'x'"),
     ({"train": [("q " * 60, "no", "r")], "stage1_train": [("q " * 60, "no", "r")]}, "1 prompts"),
 ]

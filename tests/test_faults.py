@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,13 +73,10 @@ def check_same(out: Path, other: Path) -> None:
     """The files of two runs are the same, to the byte; of a .pt file, all that it holds."""
     assert sorted(contents(out)) == FILES
     for name in FILES:
-        if name.endswith(".pt"):
-            assert same(*[torch.load(run / name, weights_only=True) for run in (out, other)]), name
-        else:
-            assert (out / name).read_bytes() == (other / name).read_bytes(), name
+        read = partial(torch.load, weights_only=True) if name.endswith(".pt") else Path.read_bytes
+        assert same(read(out / name), read(other / name)), name
 
 
-# ---- kills --------------------------------------------------------------------------------------
 # In the order in which a run comes by: each is reached from where the one before left the run.
 MOMENTS = [("Path.write_bytes", "config.json", 1), ("r2d.stage1_loss", "", 2)]
 MOMENTS += [("Path.write_bytes", "last.pt", 1), ("Path.replace", "last.pt", 1)]
@@ -108,9 +106,6 @@ def test_kills_leave_no_trace(options, undisturbed, tmp_path):
     assert said.count("ended 9\n") == said.count("ended") == len(MOMENTS), said
     assert r2d.main(["--out", str(tmp_path)]) == 0  # with the options of the run
     check_same(tmp_path, undisturbed)
-
-
-# ---- Ctrl-C, full disks -------------------------------------------------------------------------
 
 
 def test_ctrl_c_then_stage_1_then_stage_2(options, undisturbed, tmp_path, monkeypatch, capsys):
@@ -157,7 +152,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(halted, monkeypatch, capsys):
     assert contents(halted) == before
 
 
-# ---- two processes ------------------------------------------------------------------------------
 def launch(command: list[str], **more: str) -> subprocess.Popen:
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
     env["PYTHONPATH"] = str(ROOT)

@@ -1,8 +1,4 @@
-"""model.py: weights, dropout, decoding, optimisers. The models are tiny and random.
-
-That all parts compute what transformers' T5 does (masks, padding, positions, loss, gradients):
-test_t5.py.
-"""
+"""model.py: weights, dropout, decoding, optimisers (that it computes what T5 does: test_t5.py)."""
 
 import pytest
 import torch

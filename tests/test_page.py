@@ -1,7 +1,4 @@
-"""The page of notebooks/page.py, read as a file and used in a browser.
-
-Without Chromium the tests in a browser are skipped.
-"""
+"""The page of notebooks/page.py, read as a file and used in a browser, if there is Chromium."""
 
 import json
 import re
@@ -52,9 +49,8 @@ def write_page(path: Path, labels: list[str], texts: list[str], monkeypatch) -> 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny runs: sampling, gold only and sft on the nurse line; one on other data."""
     folder = tmp_path_factory.mktemp("page")
-    own = write_notes(folder / "own.csv")
-    runs = {"a": [], "b": ["--schedule", "none"], "sft": ["--method", "sft"]}
-    runs |= {"own": ["--data", str(own)]}
+    own = ["--data", str(write_notes(folder / "own.csv"))]
+    runs = {"a": [], "b": ["--schedule", "none"], "sft": ["--method", "sft"], "own": own}
     for name, options in runs.items():
         assert r2d.main([*TINY, *options, "--out", str(folder / name)]) == 0
     return folder

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def easy(tmp_path_factory):
 @pytest.fixture(scope="module")
 def easy_run(easy, tmp_path_factory):
     out = tmp_path_factory.mktemp("easy") / "run"
-    assert start(out, *easy) == 0
+    assert start(out, *easy, "--stage2-steps", "60") == 0
     return out
 
 
@@ -153,16 +154,6 @@ def test_prompts_targets_and_losses_of_every_method(method, monkeypatch):
 
 
 # ---- training -----------------------------------------------------------------------------------
-def test_gradients_are_clipped(tmp_path):
-    """Catches gradients that are not clipped to norm 1; 0.2 is their share in the first mean."""
-    assert start(tmp_path, *"--stage 1 --stage1-steps 1 --batch-size 2".split()) == 0
-    means = []
-    for state in torch.load(tmp_path / "last.pt", weights_only=True)["optimizers"]:
-        means += [x.get("exp_avg", x.get("momentum_buffer")) for x in state["state"].values()]
-    assert math.hypot(*map(torch.norm, means)) == pytest.approx(0.2, rel=1e-4)
-    assert lines(tmp_path / "log.jsonl")[0]["grad_norm"] > 1
-
-
 def test_rates(easy, easy_run, tmp_path):
     """Catches one rate for all tensors of Muon, sizes measured anew at each update or in another
     stage, AdamW with Muon's rates (the relative ones: test_model.py)."""
@@ -178,15 +169,6 @@ def test_rates(easy, easy_run, tmp_path):
     assert rates == pytest.approx([0.001, 0.00075, 0.0005, 0.00025])
 
 
-def test_a_few_notes_are_learned_by_heart(tmp_path):
-    """Catches any break between prompts, model, loss, optimiser and decoding (overfitting)."""
-    more = ["--data", write_folder(tmp_path), "--limit", "8", "--width", "64", "--lr", "0.05"]
-    more += ["--no-stage1", "--stage2-steps", "80", "--schedule", "none"]
-    assert start(tmp_path / "run", *more) == 0
-    result = read(tmp_path / "run" / "metrics.json")
-    assert min(result["label"]["accuracy"], result["rationale"]["predicted"]["bleu"]) > 95
-
-
 LOSSES = [5, 6, 6, 4, 6, 4, 5]  # stage 1: best at the fourth, then patience 3
 SCORES = [1, 0, 0, 0, 0, 2, 1, 2, 0, 0, 0]  # stage 2: best at the sixth that counts, patience 5
 
@@ -195,8 +177,8 @@ SCORES = [1, 0, 0, 0, 0, 2, 1, 2, 0, 0, 0]  # stage 2: best at the sixth that co
 def test_selection_and_early_stopping(ramp, first, tmp_path, monkeypatch):
     """Catches a checkpoint from before 65 % or the ramp's end, patience that is not reset, a
     stage 2 not from the best weights or from a file, which rank 0 may still be writing; dropout
-    in validation, the same dropout or coins again."""
-    began, kept, drawn = [], [], []
+    in validation, the same dropout or coins again, gradients that are not clipped to norm 1."""
+    began, kept, drawn, norms = [], [], [], []
     scores = [{"val_loss": x} for x in LOSSES]
     scores += [{"val_macro_f1": x} for x in [9] * (first - 1) + SCORES]
     token_loss = r2d.token_loss
@@ -209,6 +191,8 @@ def test_selection_and_early_stopping(ramp, first, tmp_path, monkeypatch):
     def spy(run: r2d.Run, prompts: list, targets: list) -> Tensor:
         assert run.model.training
         began.append(copy.deepcopy(run.model.state_dict()))
+        grads = [weight.grad for weight in run.model.parameters() if weight.grad is not None]
+        norms.append(math.hypot(*map(torch.norm, grads)))  # of the update before
         drawn.append(torch.rand(1).item())
         return token_loss(run, prompts, targets)
 
@@ -222,12 +206,14 @@ def test_selection_and_early_stopping(ramp, first, tmp_path, monkeypatch):
         monkeypatch.setattr(r2d, name, function)
     more = "--stage1-steps 20 --stage2-steps 40 --eval-every 1 --ramp".split()
     assert start(tmp_path, *more, ramp) == 0
-    stages = [line["stage"] for line in lines(tmp_path / "log.jsonl")]
+    log = lines(tmp_path / "log.jsonl")
+    stages = [line["stage"] for line in log]
     assert (stages.count(1), stages.count(2)) == (len(LOSSES), len(scores) - len(LOSSES))
     assert same(weights(tmp_path / "stage1.pt"), kept[3])
     assert same(began[len(LOSSES)], kept[3])
     assert same(weights(tmp_path / "stage2.pt"), kept[len(LOSSES) + first - 1 + 5])
     assert len(set(drawn)) == len(drawn)
+    assert log[0]["grad_norm"] > 1 and norms[1] == pytest.approx(1, rel=1e-4)
 
 
 # Options of stage 1: how many examples it then has for training and for validation
@@ -318,13 +304,15 @@ CONDITIONS = {"r2d": ["gold", "predicted", "flipped"], "dss": ["predicted"], "sf
 @pytest.mark.parametrize("method", CONDITIONS)
 def test_metrics_are_the_scores_of_the_rows(method, easy, easy_run, tmp_path):
     """Catches scores of something else than these rows, a row without a fact, a reader unused; a
-    mask or cache that --dtype bfloat16 cannot have."""
+    mask or cache that --dtype bfloat16 cannot have; any break between prompts, model, loss,
+    optimiser and decoding, by which nothing would be learned."""
     out = easy_run if method == "r2d" else tmp_path
     assert method == "r2d" or start(out, "--method", method, "--dtype", "bfloat16", *easy) == 0
     rows = lines(out / "predictions.jsonl")
     scores = metrics.score(rows, read(out / "config.json")["labels"])
     scores |= {"method": method, "data": easy[1], "seed": 0}
-    assert read(out / "metrics.json") == scores
+    assert read(out / "metrics.json") == scores and scores["label"]["accuracy"] > 85
+    assert method != "r2d" or scores["rationale"]["predicted"]["bleu"] > 95
     keys = {"question", "label", "rationale", "predicted_label", "flipped_label", "majority_label"}
     for condition in CONDITIONS[method]:
         keys |= {f"{name}_given_{condition}" for name in ("rationale", "argues", "nats")}
@@ -370,11 +358,9 @@ def test_the_test_split_is_for_the_test(monkeypatch):
     assert {row["majority_label"] for row in rows} == {majority}
     assert sum(row["reader_label"] == after[row["label"]] for row in rows) > 500
     for gold in labels:
-        drawn = [row["flipped_label"] for row in rows if row["label"] == gold]
-        for label in labels:
-            p = 0 if label == gold else 1 / 4
-            sigma = math.sqrt(len(drawn) * p * (1 - p))
-            assert abs(drawn.count(label) - p * len(drawn)) <= 5 * sigma
+        drawn = Counter(row["flipped_label"] for row in rows if row["label"] == gold)
+        assert len(drawn) == 4 and gold not in drawn
+        assert max(drawn.values()) < 2 * min(drawn.values())
 
 
 def test_eval_and_ask_use_the_checkpoint(easy_run, tmp_path, capsys, monkeypatch):
@@ -393,11 +379,9 @@ def test_eval_and_ask_use_the_checkpoint(easy_run, tmp_path, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)
     row = lines(out / "predictions.jsonl")[0]
     ask = ["--out", str(out), "--ask"]
-    for condition in CONDITIONS["r2d"]:
-        label, text = row[metrics.LABEL_KEYS[condition]], row[f"rationale_given_{condition}"]
-        given = [] if condition == "predicted" else ["--given", label]
-        assert r2d.main([*ask, row["question"], *given]) == 0
-        assert capsys.readouterr().out.endswith(f"label      {label}\nrationale  {text}\n")
+    assert r2d.main([*ask, row["question"]]) == 0
+    answer = f"label      {row['predicted_label']}\nrationale  {row['rationale_given_predicted']}\n"
+    assert capsys.readouterr().out.endswith(answer)
     assert r2d.main([*ask, "q", "--given", "gone"]) == 2
     assert "stay" in capsys.readouterr().err
     monkeypatch.setattr(r2d, "generate_texts", lambda run, prompts, limit: [f"<{prompts[0]}>"])
