@@ -179,7 +179,7 @@ def test_score_by_hand():
     fill(rows, argues_given_predicted=["ED"] * 4, ungrounded_given_predicted=[["x"], [], [], []])
     fill(rows, nats_given_gold=[2.0] * 4, nats_given_predicted=[13.0, 3, 3, 3], tokens=[8, 4, 4, 4])
     fill(rows, flipped_label=["home", "ED", "doctor", "home"])
-    fill(rows, argues_given_flipped=["home", "doctor", "doctor", "ED"])
+    fill(rows, argues_given_flipped=["home", "ED", "doctor", "ED"])
     result = score(rows, LABELS)
     label = result["label"]
     assert label["n"] == 4 and label["accuracy"] == 50 and label["invalid"] == 25
