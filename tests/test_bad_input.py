@@ -13,7 +13,6 @@ import data
 import r2d
 
 RUN = [*TINY, "--stage1-steps", "2", "--stage2-steps", "4", "--out", "run"]
-COLUMNS = ["question", "label", "rationale"]
 pytestmark = pytest.mark.usefixtures("here")
 
 
@@ -30,7 +29,7 @@ JSONL["latin-1"] = TEXT.replace("bad", "é").encode("latin-1"), "UnicodeDecodeEr
 BAD_LINES = ["null", "3", "[]", "{", "Dear reader", "\0", LINE[:-1], LINE + LINE, "\ufeff" + LINE]
 for line in [*BAD_LINES, "[" * 100_000, "1" * 5000]:
     JSONL[f"line {line[:20]!r}"] = f"{TEXT}\n\n{line}\n{TEXT}", "after line 3[03]; needs"
-for column in COLUMNS:
+for column in record(0):
     JSONL[f"no {column}"] = TEXT + LINE.replace(column, "other"), f"'{column}'.* after line"
     JSONL[f"{column} twice"] = TEXT + LINE.replace("{", f'{{"{column}": "x", '), "same name"
     for value in ("null", "3", "[]", r'"\ud83d"', '" \u00a0"'):
@@ -40,7 +39,6 @@ for value in ("null", '" \u00a0"'):
     del JSONL[f"rationale is {value}"]  # that is an empty one
 CSV = {"no header": (ROWS, "'question'.* needs question,label,rationale"), "nothing": ("", "10")}
 CSV["two columns"] = HEADER.replace("\n", ",label\n") + ROWS.replace("\n", ",new\n"), "same name"
-CSV["semicolons"] = (HEADER + ROWS).replace(",", ";"), "'question'"
 for row in ("q,yes", "q,yes,r,s", "“q, and”,yes,r", "q,yes,r,"):
     CSV[f"row {row}"] = f"{HEADER}{ROWS}{row}\n", "fields as columns; put texts in double quotes"
 for row in (",yes,r", "q, ,r", 'q,yes,"r', 'q,"a"b,r', '"say \\"a\\"",yes,r'):

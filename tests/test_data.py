@@ -16,8 +16,7 @@ import metrics
 import r2d
 from data import COMPLAINTS, DISPOSITIONS, RED_FLAGS, WORDS, Example, Tokenizer, read_facts
 
-VOICES = ["llm", "nurse", "post"]
-in_each_voice = pytest.mark.parametrize("voice", VOICES)
+in_each_voice = pytest.mark.parametrize("voice", ["llm", "nurse", "post"])
 
 
 def load(source: str | Path, content: str = "", **changes: object) -> data.Dataset:

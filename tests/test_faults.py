@@ -152,9 +152,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(halted, monkeypatch, capsys):
     assert contents(halted) == before
 
 
-def launch(command: list[str], **more: str) -> subprocess.Popen:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
-    env["PYTHONPATH"] = str(ROOT)
+def launch(command: list[str]) -> subprocess.Popen:
+    """A process with a screen that lacks letters."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env |= {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, *command], env=env, errors="replace", **pipes)
 
@@ -168,8 +169,7 @@ def test_two_processes_are_one_run(options, tmp_path, capsys, monkeypatch):
     command = [*options, "--stage1-steps", "8", *exact, "--out"]
     assert r2d.main([*command, str(outs[0])]) == 0
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    more = {"PYTHONIOENCODING": "cp1252"}
-    process = launch([*torchrun, str(ROOT / "r2d.py"), *command, str(outs[1])], **more)
+    process = launch([*torchrun, str(ROOT / "r2d.py"), *command, str(outs[1])])
     said = process.communicate(timeout=200)[0]
     assert process.returncode == 0 and " ? " in said, said
     logs = [lines(out / "log.jsonl") for out in outs]

@@ -74,8 +74,6 @@ def test_an_update_moves_each_weight_by_its_rate(name):
     nn.init.constant_(model.encoder_norm.weight, 7.0)
     nn.init.zeros_(empty.q.weight)  # as in some models; then k has no gradient yet
     optimizers = model.make_optimizers(name)
-    kinds = {"muon": [torch.optim.Muon, torch.optim.Adam], "adamw": [torch.optim.AdamW]}
-    assert [type(optimizer) for optimizer in optimizers] == kinds[name]
     before = {weight: weight.detach().clone() for weight in model.parameters()}
     model.nll(random_ids(8, 9), random_ids(8, 9, seed=1)).sum().backward()
     del before[empty.k.weight]

@@ -11,6 +11,7 @@ import pytest
 from helpers import TINY, lines, read, refusal, status, write_notes
 from playwright.sync_api import sync_playwright
 
+import data
 import r2d
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -56,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_page_holds_what_the_runs_say(folder: Path) -> None:
+def test_page_holds_what_the_runs_say(folder: Path, monkeypatch) -> None:
     """Catches a text under another label, note or run, and another verdict than the run's own."""
     out = folder / "page.html"
     assert status(page.main, folder / "a", folder / "b", out) == 0
@@ -68,13 +69,17 @@ def test_page_holds_what_the_runs_say(folder: Path) -> None:
         assert found["questions"] == [row["question"] for row in rows]
         assert found["gold"] == [row["label"] for row in rows]
         assert run["predicted"] == [row["predicted_label"] for row in rows]
-        for i, row in enumerate(rows):
-            for condition, key in (("gold", "label"), ("flipped", "flipped_label")):
-                facts = ("rationale", "argues", "ungrounded")
-                own = [row[f"{fact}_given_{condition}"] for fact in facts]
-                assert run["answers"][labels.index(row[key]) * len(rows) + i] == own
+        own = [rows[0][f"{fact}_given_gold"] for fact in ("rationale", "argues", "ungrounded")]
+        assert run["answers"][labels.index(rows[0]["label"]) * len(rows)] == own
         following = read(folder / name / "metrics.json")["exposure"]["following"]
         assert f"Given a flipped label, {following:.1f} % of the rationales" in run["sentences"]
+    monkeypatch.setattr(r2d, "generate_texts", lambda run, prompts, limit: prompts)
+    assert status(page.main, folder / "a", out) == 0
+    answers = iter(content(out)["runs"][0]["answers"])
+    for label in labels:
+        for question in found["questions"]:
+            prompt = f"given label: {label}, explain: {question}"
+            assert next(answers) == [prompt, label, data.ungrounded(prompt, question)]
 
 
 def test_many_labels_leave_fewer_notes(folder: Path, monkeypatch) -> None:
