@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,8 +36,30 @@ def lines(path: Path) -> list:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+def record(i: int, **changes: str) -> dict[str, str]:
+    row = {"question": f"Is {i} bad?", "label": "yes" if i % 2 else "no", "rationale": f"R {i}."}
+    return row | changes
+
+
+def jsonl(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write(name: str, content: object) -> str:
+    """A file, and its folder: text or bytes as they are, else as JSON."""
+    if not isinstance(content, bytes):
+        content = (content if isinstance(content, str) else json.dumps(content)).encode()
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(content)
+    return name
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All that is in a folder."""
+    found = {}
+    for path in folder.rglob("*"):
+        found[str(path.relative_to(folder))] = path.is_file() and path.read_bytes()
+    return found
 
 
 def status(main: Callable, *arguments: object) -> int:
@@ -49,19 +70,14 @@ def status(main: Callable, *arguments: object) -> int:
         return end.code
 
 
-def tree() -> dict[Path, bytes]:
-    """All that is in the working folder."""
-    return {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
-
-
 def refusal(capsys: pytest.CaptureFixture, main: Callable, *arguments: object) -> str:
     """The one line, with status 2, that refuses these arguments. No file is made or changed."""
-    before = tree()
+    before = contents(Path())
     capsys.readouterr()
     assert status(main, *arguments) == 2
     message = capsys.readouterr().err
     assert re.fullmatch(r"\w+\.py: .*\n", message) and len(message) < 1500, message
-    assert tree() == before
+    assert contents(Path()) == before
     return message
 
 
@@ -72,22 +88,6 @@ def same(one: object, two: object) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(two) and all(map(same, one, two))
     return one.equal(two) if isinstance(one, Tensor) else one == two
-
-
-def changed(content: dict, *path: object, value: object) -> dict:
-    place = content
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    return content
-
-
-def data_options(**changes: object) -> Namespace:
-    """The options that data.load_data takes, with the defaults of r2d.py."""
-    o = {"data": "triage", "seed": 0, "limit": None, "notes": 1000, "stage1_notes": None}
-    o |= {"override": 0.2, "rationales": "llm", "stage1_rationales": "llm", "stage1_data": None}
-    assert changes.keys() <= o.keys()
-    return Namespace(**(o | changes))
 
 
 def t5_like(texts: list[str], size: int, **ids: object) -> bytes:
@@ -113,6 +113,7 @@ def write_notes(path: Path, every: int = 1) -> Path:
 
 def write_folder(path: Path, train: int = 1, val: int = 1) -> str:
     """The same notes as train, val and test; in two of them each so many-th has a rationale."""
+    path.mkdir(exist_ok=True)
     for name, every in {"train": train, "val": val, "test": 1}.items():
         write_notes(path / f"{name}.csv", every)
     return str(path)

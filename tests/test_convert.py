@@ -9,17 +9,11 @@ from pathlib import Path
 
 import convert
 import pytest
-from helpers import POINTER, refusal
+from helpers import POINTER, refusal, write
 
+TEXT = 'He said "no, no",\r\nthen\nleft\rÉ \u2028 \U0001f912; \\'
 ESNLI = ["s1", "s2", "labels", "preproc1_expl_1"]
 pytestmark = pytest.mark.usefixtures("here")
-
-
-def write(name: str, content: object) -> str:
-    text = content if isinstance(content, str) else json.dumps(content)
-    Path(name).parent.mkdir(exist_ok=True)
-    Path(name).write_bytes(text.encode())
-    return name
 
 
 def run(*arguments: str) -> dict[str, list[list[str]]]:
@@ -33,11 +27,11 @@ def run(*arguments: str) -> dict[str, list[list[str]]]:
     return splits
 
 
-def pubmedqa(n: int, question: str = "Is {} bad?") -> dict[str, dict]:
+def pubmedqa(n: int) -> dict[str, dict]:
     items = {}
     for i in range(n):
         label = ["yes", "no", "maybe"][i % 3]
-        items[f"id{i}"] = {"QUESTION": question.format(i), "CONTEXTS": ["One.", "Two."]}
+        items[f"id{i}"] = {"QUESTION": f"Is {i} bad?", "CONTEXTS": ["One.", "Two."]}
         items[f"id{i}"] |= {"final_decision": label, "LONG_ANSWER": f"Since {i}."}
     return items
 
@@ -63,46 +57,31 @@ def premises(n: int, name: str = "dev") -> list[tuple[str, str, str, str]]:
 
 def test_pubmedqa(capsys):
     """Catches a lost context, a wrong column, ids not kept, foreign ids that stop or count; test
-    ids taken from a file nobody named, other shares, splits that change."""
-    source = write("ori_pqal.json", pubmedqa(50))
-    truth = write("test_ground_truth.json", {"id3": "yes", "id41": "maybe", "foreign": "no"})
+    ids taken from a file nobody named, other shares, splits that change; a question whose twin, in
+    other letters or blanks, is learned and then tested; a csv or an encoding that breaks quotes,
+    commas, line ends, letters, BOMs."""
+    items = pubmedqa(50)
+    source = write("ori_pqal.json", items)
+    truth = write("test_ground_truth.json", {"id3": "", "id41": "", "foreign": "", "odd": ""})
     splits = run("pubmedqa", source)
     assert [len(splits[name]) for name in splits] == [40, 5, 5]
     numbers = [row[0].split()[1] for row in splits["test"]]
     assert numbers == ["12", "0", "27", "47", "7"]  # neither in order nor by chance
     capsys.readouterr()
     shutil.rmtree("out")
+    items["twin"] = items["id3"] | {"QUESTION": "IS  3 bad?"}
+    items["odd"] = {"QUESTION": TEXT, "CONTEXTS": [], "LONG_ANSWER": "left\rright"}
+    items["odd"]["final_decision"] = ' a,"b"\n'
+    write(source, "\ufeff" + json.dumps(items))
     splits = run("pubmedqa", source, truth)
-    expected = [["Is 3 bad? One. Two.", "yes", "Since 3."]]
-    assert splits["test"] == [*expected, ["Is 41 bad? One. Two.", "maybe", "Since 41."]]
+    expected = [["Is 3 bad? One. Two.", "yes", "Since 3."], [TEXT, 'a,"b"', "left\rright"]]
+    expected.append(["Is 41 bad? One. Two.", "maybe", "Since 41."])
+    assert sorted(splits["test"]) == sorted(expected)
     assert [len(splits["train"]), len(splits["val"])] == [43, 5]  # of 48, a tenth is val
-    assert len({row[0] for row in splits["train"] + splits["val"] + splits["test"]}) == 50
+    assert len({row[0] for row in splits["train"] + splits["val"] + splits["test"]}) == 51
     printed = capsys.readouterr().out
-    assert f"1 ids of {truth}" in printed and "skipped" not in printed
-    assert "test: 2 examples: maybe 1, yes 1\n" in printed
-
-
-def test_equal_questions_stand_in_one_split():
-    """Catches a question whose twin, in other letters or blanks, is learned and then tested."""
-    twins = pubmedqa(40) | {f"x{key}": item for key, item in pubmedqa(40, "IS  {} bad?").items()}
-    write("o.json", twins)
-    for truth in ([], [write("truth.json", dict.fromkeys(list(twins)[:9], "yes"))]):
-        found = {}
-        for name, rows in run("pubmedqa", "o.json", *truth).items():
-            for row in rows:
-                found.setdefault(row[0].split()[1], set()).add(name)
-        assert len(found) == 40 and all(len(names) == 1 for names in found.values())
-        shutil.rmtree("out")
-
-
-def test_texts_survive():
-    """Catches a csv or an encoding that breaks quotes, commas, line ends, letters, BOMs."""
-    text = 'He said "no, no",\r\nthen\nleft\rÉ \u2028 \U0001f912; \\'
-    items = pubmedqa(50) | {"odd": {"QUESTION": text, "CONTEXTS": []}}
-    items["odd"] |= {"final_decision": ' a,"b"\n', "LONG_ANSWER": "left\rright"}
-    write("o.json", "\ufeff" + json.dumps(items))
-    write("truth.json", {"odd": ""})
-    assert run("pubmedqa", "o.json", "truth.json")["test"] == [[text, 'a,"b"', "left\rright"]]
+    assert f"1 ids of {truth}" in printed and "1 of train skipped: also" in printed
+    assert 'test: 3 examples: a,"b" 1, maybe 1, yes 1\n' in printed
 
 
 def test_bioasq():
@@ -198,10 +177,7 @@ def test_bad_commands_are_refused(capsys):
     for kind in ESNLI:
         write(f"esnli/{kind}.dev", POINTER.decode())
     commands = {"pubmedqa o.json full": "val.jsonl", "esnli esnli out": "git lfs pull"}
-    for command in ("pubmedqa none.json out", "bioasq none.json out", "esnli none out"):
-        commands[command] = "none.*published"
-    for command in ("pubmedqa o.json o.json", "pubmedqa o.json o.json/out"):
-        commands[command] = "o.json.*give another OUT_DIR"
+    commands |= {"bioasq none.json out": "none.*published", "pubmedqa o.json o.json/out": "OUT_DIR"}
     commands |= {"pubmedqa o.json o.json extra out": "extra", "esnli esnli extra out": "extra"}
     commands |= {"other o.json out": "other", "pubmedqa o.json": "OUT_DIR"}
     for command, words in commands.items():

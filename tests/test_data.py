@@ -1,34 +1,37 @@
 """data.py: the simulated nurse line, files, the look at the data, tokenizer and batches."""
 
 import hashlib
-import json
 import random
 import re
 from collections import Counter
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import POINTER, data_options, t5_like
+from helpers import jsonl, record, t5_like
 
 import data
 import metrics
-from data import COMPLAINTS, DISPOSITIONS, RED_FLAGS, WORDS, Call, Example, Tokenizer, read_facts
+import r2d
+from data import COMPLAINTS, DISPOSITIONS, RED_FLAGS, WORDS, Example, Tokenizer, read_facts
 
-VOICES = ["llm", "nurse", "post"]
-in_each_voice = pytest.mark.parametrize("voice", VOICES)
-GROUPS = {complaint.group: [] for complaint in COMPLAINTS.values()}
-for flag, words in RED_FLAGS.items():
-    for group in words.groups.split():
-        GROUPS[group].append(flag)
+in_each_voice = pytest.mark.parametrize("voice", ["llm", "nurse", "post"])
+
+
+def load(source: str | Path, content: str = "", **changes: object) -> data.Dataset:
+    """By r2d.py's default options and these changes, from a file with this content, if given."""
+    if content:
+        source.write_bytes(content.encode())
+    o = r2d.parse_args(["--out", "never-made", "--data", str(source)])
+    assert changes.keys() <= vars(o).keys()
+    vars(o).update(changes)
+    return data.load_data(o)
 
 
 @cache
 def triage(voice: str = "llm", **changes: object) -> data.Dataset:
-    changes = {"rationales": voice, "stage1_rationales": voice} | changes
-    return data.load_data(data_options(**changes))
+    return load("triage", **{"rationales": voice, "stage1_rationales": voice} | changes)
 
 
 def everything(dataset: data.Dataset) -> list[Example]:
@@ -36,8 +39,6 @@ def everything(dataset: data.Dataset) -> list[Example]:
 
 
 # ---- The simulated nurse line: words and rule.
-
-
 @pytest.mark.parametrize("frame", ["Reports {}.", "A man with {} and a dog; it rains.", "{}"])
 def test_every_wording_is_read_back_as_its_fact(frame):
     """Catches a wording of two facts, one that holds another, a denial that goes too far."""
@@ -60,41 +61,27 @@ def test_short_texts_are_read():
     assert data.ungrounded("Denies blue lips.", "Blue lips.") == ["no blue lips"]
 
 
-PLAIN = Call("a cough", "mild", [], [], [], [], [])
-BLUE, BLOOD, EAR, CUE = "blue lips", "coughing up blood", "ear pain at night", "a good appetite"
+RULE = {"mild": 0, "severe": 2, "mild, over a week": 1, "severe, over a week": 2}
+RULE |= {"mild, no blue lips": 0, "severe, blue lips, ear pain at night": 4}
+RULE |= {"severe, a good appetite": 1, "mild, a good appetite, ear pain at night": 2}
+RULE |= {"mild, diabetes": 1, "severe, a recent operation": 3, "mild, diabetes, blue lips": 4}
+RULE |= {"mild, diabetes, a blood thinner": 1, "mild, diabetes, coughing up blood": 3}
 
 
-@pytest.mark.parametrize(
-    ("changes", "tier"),
-    [
-        ({}, 0),
-        ({"severity": "severe"}, 2),
-        ({"duration": ["over a week"]}, 1),  # makes it at least 1
-        ({"duration": ["over a week"], "severity": "severe"}, 2),
-        ({"flags": [BLUE, EAR], "severity": "severe"}, 4),
-        ({"denied": [BLUE]}, 0),  # what is denied does not count
-        ({"cues": [CUE], "severity": "severe"}, 1),
-        ({"cues": [CUE], "flags": [EAR]}, 2),  # no help against a red flag
-        ({"modifiers": ["diabetes"]}, 1),
-        ({"modifiers": ["a recent operation"], "severity": "severe"}, 3),
-        ({"modifiers": ["diabetes", "a blood thinner"]}, 1),  # raised once
-        ({"modifiers": ["diabetes"], "flags": [BLOOD]}, 3),  # not past the emergency department
-        ({"modifiers": ["diabetes"], "flags": [BLUE]}, 4),
-    ],
-)
-def test_the_rule(changes, tier):
+@pytest.mark.parametrize("facts", RULE)
+def test_the_rule(facts):
     """Catches a rule that differs from its description, on records written by hand."""
-    assert data.triage_tier(replace(PLAIN, **changes).facts()) == tier
+    assert data.triage_tier({"a cough", *facts.split(", ")}) == RULE[facts]
 
 
 def test_calls_are_consistent_and_notes_state_their_facts():
     """Catches flags of another complaint or not the worst first, facts lost or invented in words,
-    a cue without a wording, a flag nobody mentions, other shares."""
-    assert len(COMPLAINTS) >= 20 and len(DISPOSITIONS) == 5
-    rng, wordings, counts = random.Random(1), Counter(), Counter()
+    a cue without a wording, a flag nobody mentions."""
+    rng, wordings = random.Random(1), Counter()
     for _ in range(5000):
         call = data.draw_call(rng)
-        group = GROUPS[COMPLAINTS[call.complaint].group]
+        own = COMPLAINTS[call.complaint].group
+        group = [flag for flag, words in RED_FLAGS.items() if own in words.groups.split()]
         assert call.flags == [flag for flag in group if flag in call.flags]
         tiers = [RED_FLAGS[flag].tier for flag in call.flags]
         assert tiers == sorted(tiers, reverse=True)
@@ -102,15 +89,7 @@ def test_calls_are_consistent_and_notes_state_their_facts():
         assert call.cues in ([], [COMPLAINTS[call.complaint].cue])
         note = data.write_note(call, rng)
         assert read_facts(note) == call.facts(), note
-        counts.update([call.severity, *(call.flags or ["no flag"])])
-        for name in ("duration", "denied", "cues", "modifiers"):
-            counts[name] += len(getattr(call, name))
-        counts["distracted"] += any(text in note.lower() for text in data.DISTRACTORS)
         wordings.update(data.ANY_FACT.findall(note.lower()))
-    shares = {"mild": 0.46, "severe": 0.18, "no flag": 0.48, "duration": 0.25, "denied": 0.1}
-    for name, p in (shares | {"cues": 0.3, "modifiers": 0.3, "distracted": 0.5}).items():
-        assert counts[name] / 5000 == pytest.approx(p, abs=5 * (p * (1 - p) / 5000) ** 0.5), name
-    assert 1.6 < counts["blurred vision"] / counts["a drooping face"] < 2.5  # worse, rarer
     for fact in [*COMPLAINTS, *RED_FLAGS, *data.CUES]:
         for wording in [fact, WORDS[fact].other]:
             assert wordings[re.sub("^(a|an) ", "", wording)] > 10, wording
@@ -137,7 +116,8 @@ def test_labels_and_their_rationales(voice, override):
 
 
 def test_splits_and_voices_do_not_disturb_each_other():
-    """Catches a shared generator, sets or hashes: other sizes, voices, machines, the same notes;
+    """Catches a shared generator, sets or hashes: other sizes, voices, machines, the same notes
+    (and by the hash all shares that the simulation draws with);
     stage-1 notes that are others than stage 2's, or that change one of its notes."""
     for notes, stage1_notes in [(30, 50), (50, 30), (50, None)]:
         dataset = triage("post", notes=notes, stage1_notes=stage1_notes)
@@ -146,22 +126,17 @@ def test_splits_and_voices_do_not_disturb_each_other():
         for split in ("val", "test", "stage1_val", "ceiling"):
             assert getattr(dataset, split) == getattr(triage("post"), split)
     small = triage("post", limit=7, notes=20, stage1_rationales="nurse")
-    content = repr(everything(small) + small.stage1_train + small.ceiling)
-    assert hashlib.sha256(content.encode()).hexdigest()[:16] == "799495ef2f9264f5"
+    content = repr(everything(triage()) + small.stage1_train + small.ceiling)
+    assert hashlib.sha256(content.encode()).hexdigest()[:16] == "6908a0f44277da71"
     for split in ("train", "val", "test", "ceiling"):
         assert getattr(small, split) == getattr(triage("post"), split)[:7]
     assert small.stage1_train == triage("nurse").train[:7]
     assert small.stage1_val == triage("nurse").val[:7]
-    for voice in VOICES:
-        pairs = [(example.question, example.label) for example in everything(triage(voice))]
-        assert pairs == [(example.question, example.label) for example in everything(triage())]
     notes = [example.question for example in everything(triage()) + everything(triage(seed=1))]
     assert len(notes) == 5000 and len(set(notes)) > 4900  # no split or seed repeats another
 
 
 # ---- The simulated nurse line: rationales and their checks.
-
-
 def test_reasons_are_the_llms_without_the_ending():
     """Catches a label or a judgement in the reasons, facts that are lost, a text with neither."""
     reasons = triage(stage1_rationales="reasons").stage1_train
@@ -186,7 +161,8 @@ def test_the_ceiling_knows_the_rule_and_no_more(voice):
         assert (by_gold == by_rule) == (example.label == label)
         exact += by_gold == example.rationale
     assert exact / 1000 == pytest.approx(data.NAMED, abs=0.06)
-    golds = data.columns(triage(voice).test)[2]
+    questions, labels, golds = data.columns(triage(voice).test)
+    assert (questions, labels) == data.columns(triage().test)[:2]
     for condition in ("ceiling_gold", "ceiling"):
         texts = [answer[f"rationale_given_{condition}"] for answer in triage(voice).ceiling]
         bleu.append(metrics.corpus_bleu(texts, golds))
@@ -194,32 +170,19 @@ def test_the_ceiling_knows_the_rule_and_no_more(voice):
 
 
 # ---- Files.
-RECORDS = []
-for i in range(30):
-    label = ["yes", "no"][i % 2]
-    RECORDS.append({"question": f"Is it {i}?", "label": label, "rationale": f"Reason {i}."})
+RECORDS = [record(i) for i in range(30)]
 EXAMPLES = [Example(**record) for record in RECORDS]
 NASTY = {"question": 'A "q",\nof 2 lines, é 日本 \u2028 x', "label": "a, b", "rationale": ""}
 
 
-def load(path: Path, content: str = "", **changes: object) -> data.Dataset:
-    if content:
-        path.write_bytes(content.encode())
-    return data.load_data(data_options(data=str(path), **changes))
-
-
-def as_jsonl(records: list[dict]) -> str:
-    return "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-
-
 def as_csv(records: list[dict]) -> str:
     rows = [",".join(records[0])]
-    for record in records:
-        rows.append(",".join('"' + text.replace('"', '""') + '"' for text in record.values()))
+    for row in records:
+        rows.append(",".join('"' + text.replace('"', '""') + '"' for text in row.values()))
     return "\r\n".join(rows)
 
 
-@pytest.mark.parametrize(("name", "dump"), [("a.jsonl", as_jsonl), ("a.csv", as_csv)])
+@pytest.mark.parametrize(("name", "dump"), [("a.jsonl", jsonl), ("a.csv", as_csv)])
 def test_files_read_back_as_they_were_written(tmp_path, name, dump):
     """Catches lost quotes and line ends, byte order marks, long fields, blank lines."""
     records = [*RECORDS, NASTY, RECORDS[0] | {"question": "long " * 40_000 + "end"}]
@@ -233,53 +196,24 @@ def test_files_read_back_as_they_were_written(tmp_path, name, dump):
         assert sorted(dataset.labels) == ["a, b", "no", "yes"] and dataset.ceiling == []
 
 
-def test_a_file_is_split_by_seed_and_cut_by_limit(tmp_path):
-    """Catches wrong shares, lost examples, and a limit that changes who is in test."""
-    path = tmp_path / "a.jsonl"
-    full, small = load(path, as_jsonl(RECORDS)), load(path, limit=4)
-    assert [len(full.train), len(full.val), len(full.test)] == [24, 3, 3]
-    assert set(everything(full)) == set(EXAMPLES) and load(path) == full
-    assert load(path, seed=1).test != full.test
-    assert everything(small) == full.train[:4] + full.val + full.test
-    assert small.stage1_train == full.train[:4]
-
-
 ALIKE = ["Is it  é {}?", "is IT é {}? ", "Is it e\u0301 {}?", "Ｉs\u00a0it é\n{}?"]
 ALIKE += ["Is it é\u200b {}?"]
 
 
 @pytest.mark.parametrize("form", ALIKE, ids=ascii)
 def test_equal_questions_stay_in_one_split(tmp_path, form):
-    """Catches a question that is learned and then tested, in other letters, blanks or code."""
+    """Catches a question that is learned and then tested, in other letters, blanks or code; wrong
+    shares, a seed without effect, and a limit that changes who is in test."""
     twins = []
-    for i, record in enumerate(RECORDS):
-        twins += [record | {"question": text.format(i)} for text in ("Is it é {}?", form)]
-    dataset = load(tmp_path / "a.jsonl", as_jsonl(twins))
+    for i in range(30):
+        twins += [record(i, question=text.format(i)) for text in ("Is it é {}?", form)]
+    dataset = load(tmp_path / "a.jsonl", jsonl(twins))
     for split, n in [(dataset.train, 24), (dataset.val, 3), (dataset.test, 3)]:
         numbers = Counter(re.sub(r"\D", "", e.question) for e in split)
         assert list(numbers.values()) == [2] * n
-
-
-def test_a_folder_keeps_its_splits(tmp_path):
-    """Catches splits that are mixed up (bad files: test_bad_input.py)."""
-    (tmp_path / "train.jsonl").write_text(as_jsonl(RECORDS[:20]))
-    (tmp_path / "val.csv").write_text(as_csv(RECORDS[20:24]))
-    (tmp_path / "test.jsonl").write_text(as_jsonl(RECORDS[24:]))
-    dataset = load(tmp_path)
-    assert [len(dataset.train), *everything(dataset)] == [20, *EXAMPLES]
-
-
-def test_stage1_data_needs_no_label(tmp_path):
-    """Catches a label that is asked for or guessed, rationales lost, and stage 2 changed by it."""
-    rows = [{"question": f"Why {i}?", "rationale": "So." if i % 2 else ""} for i in range(40)]
-    path = tmp_path / "a.jsonl"
-    (tmp_path / "stage1.csv").write_text(as_csv(rows))
-    plain, both = load(path, as_jsonl(RECORDS)), load(path, stage1_data=tmp_path / "stage1.csv")
-    assert everything(both) == everything(plain) and both.labels == plain.labels
-    expected = {Example(row["question"], "", "So.") for row in rows if row["rationale"]}
-    assert set(both.stage1_train + both.stage1_val) == expected
-    assert 0 < len(both.stage1_val) < 5
-    assert len(load(path, stage1_data=tmp_path / "stage1.csv", limit=4).stage1_train) == 4
+    assert load(tmp_path / "a.jsonl", seed=1).test != dataset.test
+    small = load(tmp_path / "a.jsonl", limit=4)
+    assert everything(small) == dataset.train[:4] + dataset.val[:4] + dataset.test[:4]
 
 
 # ---- A look at the data before training.
@@ -307,20 +241,17 @@ def looked(max_source: int = 64, max_target: int = 64, **more: list[tuple]) -> l
 LOOKS = [  # what is added to which split, and the warning
     ({}, None),
     ({"test": [("q", "new", "")]}, "1 labels rare.*'new'"),
+    ({"train": [("q", "odd", "")]}, "1 labels .*'odd'"),  # one of 25
     ({"val": [("a < b", "no", "> α")]}, "3 characters .*'<', '>', 'α'"),
-    ({"test": [("IS  it 3?", "no", "")]}, "1 test questions .*'IS  it 3.'"),
+    ({"train": [("a\nb", "no", "")]}, r"1 characters .*'\\n'"),  # T5 drops it without a word
+    ({"train": [("cafe\u0301", "no", "")]}, None),  # T5 makes an é of it
+    ({"val": [("Is 3 bad?", "no", "")]}, "1 val.* questions .*'Is 3 bad"),
+    ({"test": [("IS  3 bad?", "no", "")]}, "1 test questions .*'IS  3 bad.'"),
     ({"test": [("x", "no", "")], "stage1_train": [("X", "", "r")]}, "1 test questions .*'x'"),
     ({"train": [("q " * 60, "no", "r")], "stage1_train": [("q " * 60, "no", "r")]}, "1 prompts"),
 ]
 for label in ("YES", "Ｙes", "yes\u2003"):
     LOOKS.append(({"train": [("q", label, "")] * 9}, "2 labels .*like.*'yes', '"))
-for more, warning in [
-    ({"train": [("q", "odd", "")]}, "1 labels .*'odd'"),  # one of 25
-    ({"train": [("a\nb", "no", "")]}, r"1 characters .*'\\n'"),  # T5 drops it without a word
-    ({"train": [("cafe\u0301", "no", "")]}, None),  # T5 makes an é of it
-    ({"val": [("Is it 3?", "no", "")]}, "1 val.* questions .*'Is it 3"),
-]:
-    LOOKS.append((more, warning))
 
 
 @pytest.mark.parametrize(("more", "warning"), LOOKS, ids=range(len(LOOKS)))
@@ -350,17 +281,6 @@ def test_a_look_counts_what_is_cut():
 
 # ---- Tokenizer and batches.
 NOTES = [Example("x" * random.Random(i).randint(5, 120), str(i), "") for i in range(1000)]
-
-
-def test_files_that_are_no_tokenizer_are_refused(tmp_path):
-    """Catches SentencePiece's own error, a message without the file or the way to the right one."""
-    path = tmp_path / "spiece.model"
-    swapped = t5_like(["a b"] * 9, 7, pad_id=1, eos_id=0)
-    for content in (None, b"", b"no model", POINTER, swapped):
-        if content is not None:
-            path.write_bytes(content)
-        with pytest.raises(data.InputError, match=r"spiece.model: .*of a T5, .*git lfs pull"):
-            Tokenizer.load(path)
 
 
 def test_encoding_pads_on_the_right_and_ends_with_the_end_token():

@@ -9,7 +9,7 @@ from threading import Thread
 
 import llm
 import pytest
-from helpers import contents, lines, read, write_notes
+from helpers import contents, jsonl, lines, read, write, write_notes
 from openai import OpenAI
 
 import data
@@ -21,7 +21,6 @@ GRADES = "5 4 3"
 TOLD = " go to ED now \n\nWith a fever, go to ED now.\n"
 ROW = {"question": "a {note}\u2028", "label": "a", "predicted_label": "b", "flipped_label": "c"}
 NO_TEXT = ['{"choices": null, "error": {}}', '{"choices": []}', '{"choices": [{"message": {}}]}']
-WAIT = (1, "")  # a status below 100: so many seconds, and then no answer
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -73,13 +72,12 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """The folder of a run of three test notes, explained under three labels."""
-    text = ""
+    rows = []
     for i in range(3):
-        row = {**ROW, "rationale": f"because {i}"}
-        for condition in ["gold", "predicted", "flipped"]:
-            row[f"rationale_given_{condition}"] = f"{condition} {i}"
-        text += json.dumps(row, ensure_ascii=False) + "\n"
-    (tmp_path / "predictions.jsonl").write_text(text, encoding="utf-8")
+        rows.append({**ROW, "rationale": f"because {i}"})
+        for condition in ("gold", "predicted", "flipped"):
+            rows[i][f"rationale_given_{condition}"] = f"{condition} {i}"
+    write(tmp_path / "predictions.jsonl", jsonl(rows))
     return tmp_path
 
 
@@ -118,17 +116,15 @@ def test_a_judge_grades_every_condition(serve, run) -> None:
 
 def test_malformed_grades_are_counted_and_said(serve, run, capsys) -> None:
     """Catches them in a mean, not counted or not told, and a stop at a reply without a text."""
-    parts = [{"type": "text", "text": GRADES}]
     no_text = [(200, body) for body in NO_TEXT]
-    server = serve(says(" 3 2 1\n"), says(parts), says(""), *no_text, says("5 4"))
+    server = serve(says(" 3 2 1\n"), says([{"text": GRADES}]), says(""), *no_text, says("5 4"))
     assert judge(run, server.url) == 0
     result = read(run / "judge.json")
     assert [result["gold"][name] for name in llm.GRADES] == [4, 3, 2] and result["gold"]["n"] == 2
     assert result["predicted"] == result["flipped"] == {"n": 0, "malformed": 3}
     told = capsys.readouterr().err
-    assert (
-        told.count("warning: 1 of 3 ") == 1 and told.count("WARNING, NOTHING TO SCORE: 3 of") == 2
-    )
+    assert told.count("warning: 1 of 3 ") == 1
+    assert told.count("WARNING, NOTHING TO SCORE: 3 of") == 2
     assert judge(run, serve(says(GRADES)).url) == 0  # asks again where there was no text
     assert [read(run / "judge.json")[name]["n"] for name in ("gold", "predicted")] == [3, 3]
 
@@ -182,10 +178,7 @@ def test_no_answer_is_paid_for_twice(serve, run, capsys) -> None:
 REFUSED = [  # status and body, what is told, how often the prompt is sent
     ((400, '{"error": {"message": "no {KEY}"}}'), "BadRequestError: {'message': 'no Bearer (k", 1),
     ((401, "{KEY}"), "AuthenticationError: Bearer (key); check --url", 1),
-    ((429, ""), "RateLimitError", 2),
-    ((500, "{KEY}"), "InternalServerError: Bearer (key)", 2),
-    (WAIT, "APITimeoutError", 2),
-    ((0, ""), "APIConnectionError", 2),
+    ((1, ""), "APITimeoutError", 2),  # a status below 100: so many seconds, and then no answer
     ((200, "<p>{KEY}"), "JSONDecodeError", 1),
     ((200, "[1]"), "AttributeError", 1),
 ]

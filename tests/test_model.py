@@ -1,7 +1,4 @@
-"""model.py: weights, dropout, decoding, optimisers. The models are tiny and random.
-
-That all parts compute what transformers' T5 does (masks, padding, positions, loss): test_t5.py.
-"""
+"""model.py: weights, dropout, decoding, optimisers (that it computes what T5 does: test_t5.py)."""
 
 import pytest
 import torch
@@ -13,20 +10,12 @@ V10 = {"gated": False, "tied": True, "scaled": True}
 V11 = {"gated": True, "tied": False, "scaled": False}
 SHAPE = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2}
 SHAPE |= {"num_layers": 2, "num_decoder_layers": 2}
-both = pytest.mark.parametrize("variant", [V10, V11], ids=["v1.0", "v1.1"])
 
 
-def tiny(seed: int = 0, **options) -> Transformer:
-    """A random model in eval mode; norms and biases are random too, so that none can be lost."""
-    torch.manual_seed(seed)
-    model = Transformer(ModelConfig(**(SHAPE | options)))
-    with torch.no_grad():
-        model.encoder_bias.weight.normal_()
-        model.decoder_bias.weight.normal_()
-        for name, weight in model.named_parameters():
-            if "norm" in name:
-                weight.uniform_(0.5, 1.5)
-    return model.eval()
+def tiny(**options) -> Transformer:
+    """A random model in eval mode."""
+    torch.manual_seed(0)
+    return Transformer(ModelConfig(**(SHAPE | options))).eval()
 
 
 def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -35,19 +24,7 @@ def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, 30, (rows, length), generator=generator)
 
 
-@both
-def test_every_weight_gets_a_finite_gradient(variant):
-    """Catches a layer that is never used, and a NaN from an example without rationale."""
-    model = tiny(**variant)
-    labels = random_ids(4, 5, seed=1)
-    labels[2] = 0
-    model.nll(random_ids(4, 6), labels).sum().backward()
-    for name, weight in model.named_parameters():
-        assert weight.grad.isfinite().all() and weight.grad.any(), name
-    assert model.nll(random_ids(2, 4), torch.zeros(2, 1, dtype=torch.long)).tolist() == [[0], [0]]
-
-
-@both
+@pytest.mark.parametrize("variant", [V10, V11], ids=["v1.0", "v1.1"])
 def test_initialisation_is_t5s(variant):
     """Catches a q without the 1/sqrt(K) that attention leaves out, and any other wrong scale."""
     torch.manual_seed(0)
@@ -94,10 +71,9 @@ def test_an_update_moves_each_weight_by_its_rate(name):
     """Catches a weight with no rate or two, one at 0 for ever, torch's scale of Muon (a fifth)."""
     model = tiny(**V11, d_model=32, d_ff=64)
     empty = model.encoder[0].self_attention
+    nn.init.constant_(model.encoder_norm.weight, 7.0)
     nn.init.zeros_(empty.q.weight)  # as in some models; then k has no gradient yet
     optimizers = model.make_optimizers(name)
-    kinds = {"muon": [torch.optim.Muon, torch.optim.Adam], "adamw": [torch.optim.AdamW]}
-    assert [type(optimizer) for optimizer in optimizers] == kinds[name]
     before = {weight: weight.detach().clone() for weight in model.parameters()}
     model.nll(random_ids(8, 9), random_ids(8, 9, seed=1)).sum().backward()
     del before[empty.k.weight]
@@ -115,13 +91,3 @@ def test_an_update_moves_each_weight_by_its_rate(name):
     layers = [*model.encoder.parameters(), *model.decoder.parameters()]
     matrices = {weight for weight in layers if weight.ndim == 2}
     assert name == "adamw" or matrices == {g["params"][0] for g in optimizers[0].param_groups}
-
-
-def test_bfloat16_trains_and_decodes():
-    """Catches a mask or cache of another type than its tensors, seen only with --dtype bfloat16."""
-    model, source, labels = tiny(), random_ids(2, 5), random_ids(2, 4, seed=1)
-    with torch.autocast("cpu", torch.bfloat16):
-        nll = model.nll(source, labels)
-        nll.sum().backward()
-        assert model.generate(source, 4).shape == (2, 4) and nll.dtype == torch.float32
-    torch.testing.assert_close(nll, model.nll(source, labels), rtol=0.05, atol=0.1)

@@ -7,14 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from execute import NOTEBOOKS, code_cells, execute, fingerprint, source
 from helpers import ROOT
 
 import r2d
-
-nbformat = pytest.importorskip("nbformat")  # notebooks/requirements.txt; CI has it
-pytest.importorskip("nbclient")
-from execute import NOTEBOOKS, code_cells, execute, fingerprint, source  # noqa: E402
 
 CORE = [ROOT / name for name in ("r2d.py", "model.py", "data.py", "metrics.py")]
 USAGE = (ROOT / "notebooks" / "usage.md").read_text(encoding="utf-8")
@@ -60,8 +58,6 @@ def test_they_redefine_nothing_of_the_core() -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_they_open_in_colab(path: Path, tmp_path: Path) -> None:
     """Catches a first cell that does not fetch or install, and one that does so elsewhere."""
-    if not shutil.which("git"):
-        pytest.skip("needs git")
     repository = tmp_path / "repository"
     shutil.copytree(path.parent, repository / "notebooks", ignore=shutil.ignore_patterns("runs"))
     for file in [*CORE, ROOT / "requirements.txt"]:

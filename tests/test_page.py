@@ -1,7 +1,4 @@
-"""The page of notebooks/page.py, read as a file and used in a browser.
-
-Needs Chromium and playwright; without them the tests in a browser are skipped.
-"""
+"""The page of notebooks/page.py, read as a file and used in a browser, if there is Chromium."""
 
 import json
 import re
@@ -11,7 +8,8 @@ from pathlib import Path
 import page
 import picture
 import pytest
-from helpers import TINY, lines, read, refusal, status
+from helpers import TINY, lines, read, refusal, status, write_notes
+from playwright.sync_api import sync_playwright
 
 import data
 import r2d
@@ -50,14 +48,10 @@ def write_page(path: Path, labels: list[str], texts: list[str], monkeypatch) -> 
 # ---- The file
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny runs: sampling, gold only and sft on the nurse line; one on data with 20 labels."""
+    """Tiny runs: sampling, gold only and sft on the nurse line; one on other data."""
     folder = tmp_path_factory.mktemp("page")
-    rows = ["question,label,rationale"]
-    for i in range(400):
-        rows.append(f"note {i} of kind {i % 20},kind {i % 20},it is of {i % 20}")
-    (folder / "many.csv").write_text("\n".join(rows), encoding="utf-8")
-    runs = {"a": [], "b": ["--schedule", "none"], "sft": ["--method", "sft"]}
-    runs |= {"seed": ["--seed", "1"], "many": ["--data", str(folder / "many.csv")]}
+    own = ["--data", str(write_notes(folder / "own.csv"))]
+    runs = {"a": [], "b": ["--schedule", "none"], "sft": ["--method", "sft"], "own": own}
     for name, options in runs.items():
         assert r2d.main([*TINY, *options, "--out", str(folder / name)]) == 0
     return folder
@@ -75,11 +69,8 @@ def test_page_holds_what_the_runs_say(folder: Path, monkeypatch) -> None:
         assert found["questions"] == [row["question"] for row in rows]
         assert found["gold"] == [row["label"] for row in rows]
         assert run["predicted"] == [row["predicted_label"] for row in rows]
-        for i, row in enumerate(rows):
-            for condition, key in (("gold", "label"), ("flipped", "flipped_label")):
-                facts = ("rationale", "argues", "ungrounded")
-                own = [row[f"{fact}_given_{condition}"] for fact in facts]
-                assert run["answers"][labels.index(row[key]) * len(rows) + i] == own
+        own = [rows[0][f"{fact}_given_gold"] for fact in ("rationale", "argues", "ungrounded")]
+        assert run["answers"][labels.index(rows[0]["label"]) * len(rows)] == own
         following = read(folder / name / "metrics.json")["exposure"]["following"]
         assert f"Given a flipped label, {following:.1f} % of the rationales" in run["sentences"]
     monkeypatch.setattr(r2d, "generate_texts", lambda run, prompts, limit: prompts)
@@ -93,15 +84,13 @@ def test_page_holds_what_the_runs_say(folder: Path, monkeypatch) -> None:
 
 def test_many_labels_leave_fewer_notes(folder: Path, monkeypatch) -> None:
     """Catches a page that grows with the labels, and the nurse line's checker on other data."""
-    monkeypatch.setattr(page, "TEXTS", 100)
-    out = folder / "many.html"
-    assert status(page.main, folder / "many", out) == 0
-    found = content(out)
-    assert len(found["labels"]) == 20 and len(found["questions"]) == 6
+    monkeypatch.setattr(page, "TEXTS", 10)
+    assert status(page.main, folder / "own", folder / "own.html") == 0
+    found = content(folder / "own.html")
+    assert len(found["labels"]) == 2 and len(found["questions"]) == 6
     answers = found["runs"][0]["answers"]
-    assert len(answers) == 120 and {answer[2] for answer in answers} == {None}
+    assert len(answers) == 12 and {answer[2] for answer in answers} == {None}
     assert "A classifier reads" in found["runs"][0]["sentences"]
-    assert out.stat().st_size < 20_000
 
 
 def test_bad_input_ends_in_one_line(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -109,10 +98,7 @@ def test_bad_input_ends_in_one_line(folder: Path, tmp_path: Path, capsys, monkey
     a, out = folder / "a", tmp_path / "page.html"
     unfinished = Path(shutil.copytree(a, tmp_path / "unfinished"))
     (unfinished / "stage2.pt").unlink()
-    damaged = Path(shutil.copytree(a, tmp_path / "damaged"))
-    (damaged / "config.json").write_text("{")
-    wrong = [folder / "nix", folder / "sft", folder / "seed", folder / "many", unfinished, damaged]
-    for run in wrong:
+    for run in (folder / "nix", folder / "sft", folder / "own", unfinished):
         assert run.name in refusal(capsys, page.main, a, run, out)
     monkeypatch.setattr(page, "read_run", None)  # what follows ends before a run is read
     for target in (folder / "b", a / "stage2.pt", tmp_path / "nix" / "page.html"):
@@ -122,11 +108,9 @@ def test_bad_input_ends_in_one_line(folder: Path, tmp_path: Path, capsys, monkey
 # ---- In a browser
 @pytest.fixture(scope="module")
 def browser():
-    reason = "needs playwright: pip install -r tests/requirements.txt"
-    api = pytest.importorskip("playwright.sync_api", reason=reason)
     if not picture.CHROMIUM:
         pytest.skip("needs the browser Chromium on the PATH, such as apt-get install chromium")
-    with api.sync_playwright() as playwright:
+    with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=picture.CHROMIUM, args=["--no-sandbox"])
 
 
@@ -166,8 +150,9 @@ def test_every_label_shows_its_texts(visit) -> None:
     tab = visit(LABELS, ["first text", "second text"])
     assert tab.evaluate("document.documentElement.lang") == "en"
     headings = [tab.get_by_role("heading", level=level).count() for level in (1, 2, 3)]
+    assert headings == [1, 3, 2]
     live = tab.locator("[aria-live=polite]").all_inner_texts()
-    assert headings == [1, 3, 2] and live[0] == "Note 1 of 2" and len(live) == 5
+    assert live == ["Note 1 of 2", *[text for card in shown(tab) for text in card]]
     buttons = tab.get_by_role("group", name="Label in the prompt").get_by_role("button")
     names = ["one\ngold label\n● predicts\n■ predicts", *LABELS[1:]]
     assert buttons.all_inner_texts() == names
@@ -253,13 +238,3 @@ def test_nothing_moves_at_first_paint(visit) -> None:
     moved = """() => new Promise(done => new PerformanceObserver(list => done(list.getEntries()))
         .observe({ type: "layout-shift", buffered: true }) ?? setTimeout(() => done([]), 500))"""
     assert tab.evaluate(moved) == []
-
-
-def test_screen_readers_are_told(visit) -> None:
-    """Catches a page without language or headings, and texts that change unannounced."""
-    tab = visit(LABELS)
-    assert tab.evaluate("document.documentElement.lang") == "en"
-    headings = [tab.get_by_role("heading", level=level).count() for level in (1, 2, 3)]
-    assert headings == [1, 3, 2]
-    live = tab.locator("[aria-live=polite]").all_inner_texts()
-    assert live == ["Note 1 of 5", *[text for card in shown(tab) for text in card]]

@@ -4,9 +4,11 @@ import copy
 import itertools
 import json
 import math
+import re
 import shutil
 import signal
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -31,10 +33,6 @@ def weights(path: Path) -> dict[str, Tensor]:
     return torch.load(path, weights_only=True)["weights"]
 
 
-def same_training(one: Path, other: Path) -> bool:
-    return same(*[torch.load(out / "last.pt", weights_only=True) for out in (one, other)])
-
-
 @pytest.fixture(scope="module")
 def easy(tmp_path_factory):
     """Options under which labels are valid after a few updates."""
@@ -45,7 +43,7 @@ def easy(tmp_path_factory):
 @pytest.fixture(scope="module")
 def easy_run(easy, tmp_path_factory):
     out = tmp_path_factory.mktemp("easy") / "run"
-    assert start(out, *easy) == 0
+    assert start(out, *easy, "--stage2-steps", "60") == 0
     return out
 
 
@@ -89,7 +87,9 @@ def test_coins_are_fair_within_five_sigma_and_one_per_example():
     assert abs(sum(sums) - 9600) < 5 * math.sqrt(32000 * 0.3 * 0.7)
     assert len(set(sums)) > 10
     assert r2d.flip_coins(100, 0.0, generator) == [False] * 100
+    before = torch.get_rng_state()
     assert r2d.flip_coins(100, 1.0, generator) == [True] * 100
+    assert torch.get_rng_state().equal(before)
 
 
 # ---- losses -------------------------------------------------------------------------------------
@@ -155,43 +155,19 @@ def test_prompts_targets_and_losses_of_every_method(method, monkeypatch):
 
 
 # ---- training -----------------------------------------------------------------------------------
-@pytest.mark.parametrize(("optimizer", "new"), [("muon", 0.2), ("adamw", 0.1)])
-def test_gradients_are_clipped(optimizer, new, tmp_path):
-    """Catches gradients that are not clipped to norm 1: `new` is their share in the first mean."""
-    more = "--stage 1 --stage1-steps 1 --batch-size 2 --optimizer".split()
-    assert start(tmp_path, *more, optimizer) == 0
-    means = []
-    for state in torch.load(tmp_path / "last.pt", weights_only=True)["optimizers"]:
-        means += [x.get("exp_avg", x.get("momentum_buffer")) for x in state["state"].values()]
-    assert math.hypot(*map(torch.norm, means)) == pytest.approx(new, rel=1e-4)
-    assert lines(tmp_path / "log.jsonl")[0]["grad_norm"] > 1
-
-
-def test_rates(easy_run, tmp_path):
-    """Catches one rate for all tensors of Muon, position biases that hardly move, sizes measured
-    anew at each update or in another stage; AdamW with Muon's rates (how far: test_model.py)."""
+def test_rates(easy, easy_run, tmp_path):
+    """Catches one rate for all tensors of Muon, sizes measured anew at each update or in another
+    stage, AdamW with Muon's rates (the relative ones: test_model.py)."""
     lr = lines(easy_run / "log.jsonl")[-1]["lr"]
-    expected = []
-    for name, weight in weights(easy_run / "stage1.pt").items():
-        size = 3.0 if "bias" in name else weight.square().mean().sqrt().item()
-        matrix = weight.ndim == 2 and name.startswith(("encoder.", "decoder."))
-        expected.append(lr * size * (5 if matrix else 1))
-    rates = []
-    for state in torch.load(easy_run / "last.pt", weights_only=True)["optimizers"]:
-        rates += [group["lr"] for group in state["param_groups"]]
-    assert sorted(rates) == pytest.approx(sorted(expected))
+    run = tiny(*easy)
+    run.model.load_state_dict(weights(easy_run / "stage1.pt"))
+    saved = torch.load(easy_run / "last.pt", weights_only=True)["optimizers"]
+    for state, optimizer in zip(saved, run.model.make_optimizers("muon"), strict=True):
+        expected = [lr * group["relative_lr"] for group in optimizer.param_groups]
+        assert [group["lr"] for group in state["param_groups"]] == pytest.approx(expected)
     assert start(tmp_path, "--optimizer", "adamw", "--stage", "1") == 0
     rates = [line["lr"] for line in lines(tmp_path / "log.jsonl")]
     assert rates == pytest.approx([0.001, 0.00075, 0.0005, 0.00025])
-
-
-def test_a_few_notes_are_learned_by_heart(tmp_path):
-    """Catches any break between prompts, model, loss, optimiser and decoding (overfitting)."""
-    more = ["--data", write_folder(tmp_path), "--limit", "8", "--width", "64", "--lr", "0.05"]
-    more += ["--no-stage1", "--stage2-steps", "80", "--schedule", "none"]
-    assert start(tmp_path / "run", *more) == 0
-    result = read(tmp_path / "run" / "metrics.json")
-    assert min(result["label"]["accuracy"], result["rationale"]["predicted"]["bleu"]) > 95
 
 
 LOSSES = [5, 6, 6, 4, 6, 4, 5]  # stage 1: best at the fourth, then patience 3
@@ -201,8 +177,9 @@ SCORES = [1, 0, 0, 0, 0, 2, 1, 2, 0, 0, 0]  # stage 2: best at the sixth that co
 @pytest.mark.parametrize(("ramp", "first"), [("0.3", 26), ("0.65", 28)])
 def test_selection_and_early_stopping(ramp, first, tmp_path, monkeypatch):
     """Catches a checkpoint from before 65 % or the ramp's end, patience that is not reset, a
-    stage 2 not from the best weights, dropout in validation, the same dropout or coins again."""
-    began, kept, drawn = [], [], []
+    stage 2 not from the best weights or from a file, which rank 0 may still be writing; dropout
+    in validation, the same dropout or coins again, gradients that are not clipped to norm 1."""
+    began, kept, drawn, norms = [], [], [], []
     scores = [{"val_loss": x} for x in LOSSES]
     scores += [{"val_macro_f1": x} for x in [9] * (first - 1) + SCORES]
     token_loss = r2d.token_loss
@@ -215,6 +192,8 @@ def test_selection_and_early_stopping(ramp, first, tmp_path, monkeypatch):
     def spy(run: r2d.Run, prompts: list, targets: list) -> Tensor:
         assert run.model.training
         began.append(copy.deepcopy(run.model.state_dict()))
+        grads = [weight.grad for weight in run.model.parameters() if weight.grad is not None]
+        norms.append(math.hypot(*map(torch.norm, grads)))  # of the update before
         drawn.append(torch.rand(1).item())
         return token_loss(run, prompts, targets)
 
@@ -223,27 +202,31 @@ def test_selection_and_early_stopping(ramp, first, tmp_path, monkeypatch):
         return [False] * n
 
     new = {"validate": validate, "token_loss": spy, "flip_coins": flip_coins, "evaluate": id}
+    new["load"] = None
     for name, function in new.items():
         monkeypatch.setattr(r2d, name, function)
     more = "--stage1-steps 20 --stage2-steps 40 --eval-every 1 --ramp".split()
     assert start(tmp_path, *more, ramp) == 0
-    stages = [line["stage"] for line in lines(tmp_path / "log.jsonl")]
+    log = lines(tmp_path / "log.jsonl")
+    stages = [line["stage"] for line in log]
     assert (stages.count(1), stages.count(2)) == (len(LOSSES), len(scores) - len(LOSSES))
     assert same(weights(tmp_path / "stage1.pt"), kept[3])
     assert same(began[len(LOSSES)], kept[3])
     assert same(weights(tmp_path / "stage2.pt"), kept[len(LOSSES) + first - 1 + 5])
     assert len(set(drawn)) == len(drawn)
+    assert log[0]["grad_norm"] > 1 and norms[1] == pytest.approx(1, rel=1e-4)
 
 
 # Options of stage 1: how many examples it then has for training and for validation
 STAGE_1 = {"--stage1-rationales nurse": (100, 200), "--stage1-notes 144": (144, 200)}
-STAGE_1 |= {"--stage1-data FILE --dtype bfloat16": (145, 15)}
+STAGE_1 |= {"--stage1-data FILE --dtype bfloat16": (69, 11)}
 
 
 @pytest.mark.parametrize("more", STAGE_1)
-def test_stage_1_learns_and_validates_on_its_own_rationales(more, easy, tmp_path, monkeypatch):
+def test_stage_1_learns_and_validates_on_its_own_rationales(more, tmp_path, monkeypatch):
     """Catches a stage 1 that learns stage 2's rationales or is validated on them, one that changes
-    the notes of stage 2, epochs that repeat the batches of the first, a --dtype without effect."""
+    the notes of stage 2, --stage1-data that need a label or lose rationales, epochs that repeat the
+    batches of the first, a --dtype without effect."""
     pairs = {True: [], False: []}
     target_nll = r2d.target_nll
 
@@ -255,8 +238,10 @@ def test_stage_1_learns_and_validates_on_its_own_rationales(more, easy, tmp_path
     monkeypatch.setattr(r2d, "target_nll", spy)
     options = "--limit 200 --notes 100 --stage 1 --batch-size 24 --stage1-steps 12".split()
     plain = tiny(*options).dataset
-    options += more.replace("FILE", easy[1]).split()
-    assert start(tmp_path, *options) == 0
+    file = write_notes(tmp_path / "stage1.csv", every=2)
+    file.write_text(re.sub(",(label|go|stay),", ",", file.read_text("utf-8")), "utf-8")
+    options += more.replace("FILE", str(file)).split()
+    assert start(tmp_path / "run", *options) == 0
     own = tiny(*options).dataset
     assert (len(own.stage1_train), len(own.stage1_val)) == STAGE_1[more]
     assert (own.train, own.val) == (plain.train, plain.val)
@@ -267,37 +252,37 @@ def test_stage_1_learns_and_validates_on_its_own_rationales(more, easy, tmp_path
         assert set().union(*batches) == expected
 
 
-@pytest.mark.parametrize("every", [(50, 50), (1, 999), (999, 1)])
-def test_few_rationales_are_enough_but_none_are_refused(every, tmp_path, capsys):
+def test_few_rationales_are_enough_but_none_are_refused(tmp_path):
     """Catches a mean over nothing, which no later checkpoint can beat; batches without rationale
-    in stage 1 (momentum alone then moves the weights, later NaN); and NaN in a file."""
+    in stage 1 (momentum alone then moves the weights, later NaN); NaN in a file; splits of a
+    folder that are mixed up; methods that ask for rationales they do not need."""
+    none_in_train = ["--data", write_folder(tmp_path / "a", 999, 1)]
+    none_in_val = ["--data", write_folder(tmp_path / "b", 1, 999)]
+    for options in (none_in_train, none_in_val):
+        with pytest.raises(data.InputError, match="no rationales"):
+            tiny(*options)
+    tiny(*none_in_train, "--method", "sft")
+    tiny(*none_in_val, "--method", "dss")
+    tiny(*none_in_val, "--no-stage1")
     more = "--limit 100 --warmup 1 --stage1-steps 12 --data".split()
-    more.append(write_folder(tmp_path, *every))
-    out = tmp_path / "run"
-    tiny(*more, "--method", "sft")  # needs none
-    if every == (1, 999):  # only stage 1 needs rationales in val
-        tiny(*more, "--no-stage1")
-        tiny(*more, "--method", "dss")
-    if 999 in every:
-        assert start(out, *more) == 2
-        assert "no rationales" in capsys.readouterr().err
-        assert not out.exists()
-        return
-    assert start(out, *more) == 0
+    more.append(write_folder(tmp_path / "c", 50, 50))
+    assert start(tmp_path / "run", *more) == 0
     dataset = tiny(*more).dataset
     assert dataset.stage1_train == [e for e in dataset.train if e.rationale]
-    saved = torch.load(out / "last.pt", weights_only=True)
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert all(line["loss"] > 0 for line in saved["progress"]["log"][:12])
     json.dumps(saved, default=Tensor.tolist, allow_nan=False)
 
 
 # ---- whole runs ---------------------------------------------------------------------------------
 def test_a_run_leaves_the_files_of_the_contract(finished):
-    """Catches a file, an option or a key that was renamed or left over; another schedule."""
+    """Catches a file, an option or a key that was renamed or left over; another schedule; a seed
+    that decides nothing."""
     assert sorted(contents(finished)) == FILES
     config = read(finished / "config.json")
     assert config["labels"] == data.DISPOSITIONS
     assert config["model"]["d_model"] == config["width"] == 16
+    assert not same(tiny().model.state_dict(), tiny("--seed", "1").model.state_dict())
     options = set(vars(r2d.parse_args(["--out", "never-made"])))
     assert options - set(config) == {"stage", "out", "device", "eval", "ask", "given"}
     log = lines(finished / "log.jsonl")
@@ -319,13 +304,16 @@ CONDITIONS = {"r2d": ["gold", "predicted", "flipped"], "dss": ["predicted"], "sf
 
 @pytest.mark.parametrize("method", CONDITIONS)
 def test_metrics_are_the_scores_of_the_rows(method, easy, easy_run, tmp_path):
-    """Catches scores of something else than these rows, a row without a fact, a reader unused."""
+    """Catches scores of something else than these rows, a row without a fact, a reader unused; a
+    mask or cache that --dtype bfloat16 cannot have; any break between prompts, model, loss,
+    optimiser and decoding, by which nothing would be learned."""
     out = easy_run if method == "r2d" else tmp_path
-    assert method == "r2d" or start(out, "--method", method, *easy) == 0
+    assert method == "r2d" or start(out, "--method", method, "--dtype", "bfloat16", *easy) == 0
     rows = lines(out / "predictions.jsonl")
     scores = metrics.score(rows, read(out / "config.json")["labels"])
     scores |= {"method": method, "data": easy[1], "seed": 0}
-    assert read(out / "metrics.json") == scores
+    assert read(out / "metrics.json") == scores and scores["label"]["accuracy"] > 85
+    assert method != "r2d" or scores["rationale"]["predicted"]["bleu"] > 95
     keys = {"question", "label", "rationale", "predicted_label", "flipped_label", "majority_label"}
     for condition in CONDITIONS[method]:
         keys |= {f"{name}_given_{condition}" for name in ("rationale", "argues", "nats")}
@@ -371,32 +359,9 @@ def test_the_test_split_is_for_the_test(monkeypatch):
     assert {row["majority_label"] for row in rows} == {majority}
     assert sum(row["reader_label"] == after[row["label"]] for row in rows) > 500
     for gold in labels:
-        drawn = [row["flipped_label"] for row in rows if row["label"] == gold]
-        for label in labels:
-            p = 0 if label == gold else 1 / 4
-            sigma = math.sqrt(len(drawn) * p * (1 - p))
-            assert abs(drawn.count(label) - p * len(drawn)) <= 5 * sigma
-
-
-def test_the_seed_decides():
-    """Catches a seed that decides nothing; that nothing else decides: test_faults.py."""
-    assert not same(tiny().model.state_dict(), tiny("--seed", "1").model.state_dict())
-    batches = [data.make_batches(tiny().dataset.train, 8, seed, 0) for seed in (0, 1)]
-    assert batches[0] != batches[1]
-
-
-def test_p_zero_is_gold_only_and_p_one_is_not(easy, tmp_path, monkeypatch):
-    """Catches sampling that costs a random number at P = 0, and one that changes no prompt."""
-    monkeypatch.setattr(r2d, "evaluate", id)  # none
-    more = [*easy, "--dropout", "0.1", "--warmup", "0", "--ramp", "0"]
-    assert start(tmp_path / "own", *more, "--cap", "1") == 0
-    assert start(tmp_path / "zero", *more, "--cap", "0") == 0
-    monkeypatch.setattr(r2d, "flip_coins", lambda n, p, generator: [False] * n)  # no coin at all
-    assert start(tmp_path / "gold", *more, "--schedule", "none") == 0
-    assert same_training(tmp_path / "zero", tmp_path / "gold")
-    log = lines(tmp_path / "own" / "log.jsonl")[4:]
-    assert {line["used_predicted"] + line["invalid_predicted"] for line in log} == {8}
-    assert sum(line["wrong_predicted"] for line in log) > 0
+        drawn = Counter(row["flipped_label"] for row in rows if row["label"] == gold)
+        assert len(drawn) == 4 and gold not in drawn
+        assert max(drawn.values()) < 2 * min(drawn.values())
 
 
 def test_eval_and_ask_use_the_checkpoint(easy_run, tmp_path, capsys, monkeypatch):
@@ -415,16 +380,11 @@ def test_eval_and_ask_use_the_checkpoint(easy_run, tmp_path, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)
     row = lines(out / "predictions.jsonl")[0]
     ask = ["--out", str(out), "--ask"]
-    for condition in CONDITIONS["r2d"]:
-        label, text = row[metrics.LABEL_KEYS[condition]], row[f"rationale_given_{condition}"]
-        given = [] if condition == "predicted" else ["--given", label]
-        assert r2d.main([*ask, row["question"], *given]) == 0
-        assert capsys.readouterr().out.endswith(f"label      {label}\nrationale  {text}\n")
+    assert r2d.main([*ask, row["question"]]) == 0
+    answer = f"label      {row['predicted_label']}\nrationale  {row['rationale_given_predicted']}\n"
+    assert capsys.readouterr().out.endswith(answer)
     assert r2d.main([*ask, "q", "--given", "gone"]) == 2
     assert "stay" in capsys.readouterr().err
-    for method in ("dss", "sft"):
-        with pytest.raises(SystemExit):
-            start(tmp_path / "none", "--ask", "q", "--given", "go", "--method", method)
     monkeypatch.setattr(r2d, "generate_texts", lambda run, prompts, limit: [f"<{prompts[0]}>"])
     for given, label in [([], "<predict: q>"), (["--given", "go"], "go")]:
         assert r2d.main([*ask, "q", *given]) == 0
@@ -433,7 +393,7 @@ def test_eval_and_ask_use_the_checkpoint(easy_run, tmp_path, capsys, monkeypatch
 
 
 # ---- from a T5 checkpoint -----------------------------------------------------------------------
-def test_init_is_evaluated_as_it_is_and_trained(finished, tmp_path, capsys, monkeypatch):
+def test_init_is_evaluated_as_it_is_and_trained(finished, tmp_path, monkeypatch):
     """Catches random weights, another tokenizer or shape (nats are those of transformers), and an
     evaluation of untrained weights after training; the IndexError of a tokenizer too large;
     scores of untrained weights that stay when their run is trained and stopped."""
@@ -467,7 +427,5 @@ def test_init_is_evaluated_as_it_is_and_trained(finished, tmp_path, capsys, monk
     shutil.rmtree(t5)
     assert r2d.main(["--out", str(out), "--ask", "a cough"]) == 0
     t5 = write_t5(tmp_path / "pruned", before["tokenizer.model"], 300)
-    for more in ([], ["--eval"]):
-        assert start(tmp_path / "none", "--init", str(t5), *more) == 2
-        assert "spiece.model has more pieces" in capsys.readouterr().err
-        assert not (tmp_path / "none").exists()
+    with pytest.raises(data.InputError, match=r"spiece\.model has more pieces"):
+        tiny("--init", str(t5))

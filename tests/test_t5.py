@@ -46,12 +46,10 @@ def random_peer(config: dict, tied: bool):
     return peer
 
 
-def random_weights(config: dict = V11) -> dict[str, Tensor]:
+def random_weights() -> dict[str, Tensor]:
     """Random weights under T5's names, each once."""
-    weights = {}
-    for name, weight in random_peer(config, tied=config is V10).named_parameters():
-        weights[name] = weight.detach().clone()
-    return weights
+    peer = random_peer(V11, tied=False)
+    return {name: weight.detach().clone() for name, weight in peer.named_parameters()}
 
 
 def write_parts(folder: Path, weights: object = None, config: object = V11) -> Path:
@@ -74,12 +72,10 @@ def refusal(folder: Path) -> str:
         r2d.setup(r2d.parse_args([*TINY, "--init", str(folder)]))
     message = str(caught.value)
     assert message.startswith(f"{folder}: ") and "in full (git lfs pull)" in message
-    assert len(message) < 700
     return message.replace(str(folder), "")  # the folder's name holds the test's
 
 
 # Equality with transformers, for files as published and as transformers saves them (again).
-
 CASES = ["v1.0 saved", "v1.0 published", "v1.1 saved", "v1.1 published", "v1.1 saved again"]
 
 
@@ -155,10 +151,12 @@ def test_logits_loss_and_gradients_equal_transformers(pair):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("write", [write_parts, write_safetensors])
 def test_both_files_and_all_types_give_float32(tmp_path, write, dtype):
-    """Catches a format that is not read, a model that trains in the type of its file, config.json's
-    dropout in training, and weights drawn in vain before they are read."""
+    """Catches a format that is not read, a pickle preferred to the safetensors file beside it, a
+    model that trains in the type of its file, config.json's dropout in training, and weights drawn
+    in vain before they are read."""
     weights = {name: weight.to(dtype) for name, weight in random_weights().items()}
     expected = rename_t5(weights)
+    write_parts(tmp_path, {"other.weight": torch.ones(1)})
     write(tmp_path, weights)
     before = torch.get_rng_state()
     model = load_t5(tmp_path, dropout=0.3)
@@ -199,22 +197,16 @@ def test_weights_that_are_not_whole_are_refused_by_name(tmp_path):
     (write_parts(tmp_path) / "model.safetensors.index.json").write_text('{"weight_map": {}}')
     assert "No such file" in refusal(tmp_path)  # of parts none is read
     weights = random_weights()
-    names = {  # a T5 weight, and what the message holds of our name for it
-        "shared.weight": "embedding.weight",
-        "decoder.block.2.layer.2.layer_norm.weight": "decoder.2.ff_norm.weight",
-        "encoder.block.1.layer.0.SelfAttention.k.weight": "encoder.1.self_attention.k.weight",
-    }
+    names = {"decoder.block.2.layer.2.layer_norm.weight": "decoder.2.ff_norm.weight"}
+    names["lm_head.weight"] = "lm_head.weight"  # v1.1 without its output layer is not tied
     for name, ours in names.items():
-        weight = weights[name]
         less = {other: weights[other] for other in weights if other != name}
         assert ours in refusal(write_parts(tmp_path, less))
-        for other in (weight[:-1], weight[None], weight.sum()):
+        for other in (weights[name][:-1], weights[name][None], weights[name].sum()):
             assert ours in refusal(write_parts(tmp_path, weights | {name: other.clone()}))
     deeper = "encoder.block.2.layer.0.SelfAttention.q.weight"  # than config.json says
     for name in (deeper, "encoder.block.0.layer.1.DenseReluDense.wi_2.weight", "zebra"):
         assert "Unexpected" in refusal(write_parts(tmp_path, weights | {name: torch.ones(3)}))
-    write_parts(tmp_path, random_weights(V10), V10 | {"tie_word_embeddings": False})
-    assert "lm_head.weight" in refusal(tmp_path)  # v1.1 without its output layer is not tied
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
@@ -232,9 +224,3 @@ def test_damaged_weights_are_refused(tmp_path, name):
         torch.save(content, file)
         assert "weights_only" not in refusal(tmp_path)  # torch's advice to let it
     assert not Path("evil").exists()
-
-
-def test_safetensors_goes_first(tmp_path):
-    """Catches a pickle preferred to the safetensors file beside it."""
-    write_parts(tmp_path, {"other.weight": torch.ones(1)})
-    load_t5(write_safetensors(tmp_path, random_weights()))
