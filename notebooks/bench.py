@@ -36,7 +36,7 @@ def our_run(size: str, steps: int, out: Path) -> r2d.Run:
     out.mkdir(parents=True, exist_ok=True)
     arguments = [*SIZES[size], "--out", str(out), "--stage1-steps", str(steps), "--device", "cpu"]
     run = r2d.setup(r2d.parse_args(arguments))
-    r2d.train(run, 1, run.dataset.stage1_train, steps, r2d.stage1_loss, 3, 0)
+    r2d.train(run, 1, run.dataset.stage1_train, steps, r2d.stage1_loss, since=0, patience=3)
     return run
 
 

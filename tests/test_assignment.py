@@ -123,8 +123,8 @@ def test_the_export_holds_no_solution(course) -> None:
     """Catches a solution, an answer or a result in any file that students get."""
     telling = ["cap, i / n", "torch.rand(", "if label in run.dataset.labels", 'f"given label:']
     telling += ["* loss_predict", "rng.integers", "np.percentile", '== data["flipped_label"]']
-    telling += ["followed[asked]", "target_ids[:, :-1]", "masked_fill(done", "== c.eos_id"]
-    telling += ["bleu_from_counts(gold) - bleu_from_counts(predicted)"]
+    telling += ["followed[differs]", "target_ids[:, :-1]", "masked_fill(done", "== c.eos_id"]
+    telling += ["bleu_from_counts(counts) - bleu_from_counts(others)"]
     files = [*ROOT.glob("*.py"), FOLDER / "verify.py", FOLDER / "INSTRUCTORS.md"]
     repository = "".join(path.read_text(encoding="utf-8") for path in files)
     assert all(piece in repository for piece in telling)  # the list is not out of date

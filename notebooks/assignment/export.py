@@ -145,7 +145,7 @@ CHANGE = {
         "import data\nimport metrics\n": "import data\nimport method\nimport metrics\n",
         'choices=["r2d", "sft", "dss"]': 'choices=["r2d"]',
         '["linear", "exponential", "inverse-sigmoid", "none"]': '["linear", "none"]',
-        "; linear: cap * ramp": "",
+        " (linear: cap * ramp)": "",
     },
     "model.py": {
         "from torch import Tensor, nn\n": "from torch import Tensor, nn\n\nimport method\n"
