@@ -70,7 +70,7 @@ def load_data(o: Namespace) -> Dataset:
         train, val, test = [examples[: o.limit] for examples in splits]
         labels = dict.fromkeys(columns(train + val + test)[1])  # each once, in their order
         if not val or not test or len(set(columns(train)[1])) < 2:
-            raise InputError(f"{o.data}: too few examples, or fewer than 2 labels in train")
+            raise InputError(f"{o.data}: needs 10 questions or 3 full files; 2 labels in train")
         dataset = Dataset(list(labels), train, val, test, stage1_train=train, stage1_val=val)
     if o.stage1_data:
         examples = read_file(Path(o.stage1_data), ["question", "rationale"])
