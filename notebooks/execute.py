@@ -18,6 +18,14 @@ def code_cells(book: dict) -> list:
     return [cell for cell in book.cells if cell.cell_type == "code"]
 
 
+def outputs_of(book: dict) -> list:
+    return [output for cell in code_cells(book) for output in cell.outputs]
+
+
+def printed(book: dict) -> str:
+    return "".join(output.get("text", "") for output in outputs_of(book))
+
+
 def source(book: dict) -> str:
     return "\n".join(cell.source for cell in code_cells(book))
 

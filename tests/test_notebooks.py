@@ -9,21 +9,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from execute import NOTEBOOKS, code_cells, execute, fingerprint, source
+from execute import NOTEBOOKS, code_cells, execute, fingerprint, outputs_of, printed, source
 from helpers import ROOT
 
 import r2d
 
 CORE = [ROOT / name for name in ("r2d.py", "model.py", "data.py", "metrics.py")]
 USAGE = (ROOT / "notebooks" / "usage.md").read_text(encoding="utf-8")
-
-
-def outputs_of(book: dict) -> list:
-    return [output for cell in code_cells(book) for output in cell.outputs]
-
-
-def printed(book: dict) -> str:
-    return "".join(output.get("text", "") for output in outputs_of(book))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import bench
 import compare
+import nbformat
 import pytest
 import race
+from execute import printed
 from helpers import ROOT, TINY, write_folder, write_notes, write_t5
 
 import r2d
@@ -60,20 +62,13 @@ def test_commands_of_results_run(command, tmp_path):
         compare.plan(item, 1, tmp_path, further.split())
 
 
-def printed(notebook: str) -> str:
-    """What the cells of a notebook have printed."""
-    book = json.loads((ROOT / "notebooks" / notebook).read_text(encoding="utf-8"))
-    texts = [out.get("text", []) for cell in book["cells"] for out in cell.get("outputs", [])]
-    return "".join(line for text in texts for line in text)
-
-
 METHODS = README.split("## The paper's methods compared")[1].split("A run ends")[0]
 
 
 @pytest.mark.parametrize("text, least", [(METHODS, 5), (RESULTS, 20)])
 def test_numbers_are_printed_by_notebook_3(text, least):
     """Catches a number of README or results.md that was typed by hand, or one of older runs."""
-    known = printed("03_compare.ipynb")
+    known = printed(nbformat.read(ROOT / "notebooks" / "03_compare.ipynb", 4))
     rows = re.findall(r"^\| [^|]+ \| (.*±.*) \|$", text, re.M)
     assert len(rows) >= least and [row for row in rows if row not in known] == []
     prose = re.sub("```.*?```|`[^`]*`", "", text, flags=re.S)
