@@ -36,6 +36,7 @@ PLACES = {  # score -> where it stands in metrics.json
     "argues_gold": "rationale predicted argues_gold",
     "wrong_given": "rationale predicted_wrong argues_given",
     "following": "exposure following",
+    "reader_accuracy": "reader accuracy",
     "ceiling_macro_f1": "label ceiling_macro_f1",
     "ceiling_bleu_gold": "rationale ceiling_gold bleu",
     "ceiling_bleu": "rationale ceiling bleu",
