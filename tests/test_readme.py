@@ -48,14 +48,14 @@ def test_commands_of_the_readme_run(command, files, tmp_path, monkeypatch):
     assert r2d.main([*TINY, *arguments]) == 0
 
 
-COMPARISONS = re.findall(r"python notebooks/compare\.py ([^`#]*)", RESULTS.replace("\\\n", " "))
+COMPARISONS = re.findall(r"python notebooks/compare\.py ([^#\n]*)", RESULTS.replace("\\\n", " "))
 COMPARISONS = [" ".join(command.split()) for command in COMPARISONS]
 
 
 @pytest.mark.parametrize("command", COMPARISONS)
 def test_commands_of_results_run(command, tmp_path):
     """Catches an item or an option that left. The longest command runs, with one seed."""
-    items, further = re.fullmatch(r"(.*) --seeds [\d ]+(.*) --out .*", command).groups()
+    items, further = re.fullmatch(r"(.*) --seeds \{[\d.]+\}(.*) --out .*", command).groups()
     if command == max(COMPARISONS, key=len):
         assert compare.main([*items.split(), "--seeds", "0", "--out", str(tmp_path), *TINY]) == 0
     for item in items.split():
